@@ -1,0 +1,59 @@
+"""Fused kernels and layers for low-rank adapters of which each client trains a subset of the ranks.
+
+Dimension legend, used as suffixes throughout (``x_TD`` is ``[T, D]``):
+
+====  =======================================================
+T     tokens (all leading dimensions of the input, flattened)
+D     input features of the adapted layer
+E     output features of the adapted layer
+R     rank of the global adapter
+S     sketch size: how many of the R ranks are used
+====  =======================================================
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fslora_kernels._dispatch import IMPLEMENTATIONS, Choice
+from fslora_kernels.ops.sketched_linear import sketched_linear
+from fslora_kernels.weights import Adapters, LoRAWeights, check_index
+
+if TYPE_CHECKING:
+    from fslora_kernels.nn.peft import (
+        FuseReport,
+        bind,
+        extract,
+        fuse,
+        scatter,
+        sketch,
+        unbind,
+        unfuse,
+    )
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Adapters",
+    "Choice",
+    "FuseReport",
+    "LoRAWeights",
+    "bind",
+    "check_index",
+    "extract",
+    "fuse",
+    "scatter",
+    "sketch",
+    "sketched_linear",
+    "unbind",
+    "unfuse",
+]
+
+_NEEDS_PEFT = frozenset(
+    {"FuseReport", "bind", "extract", "fuse", "scatter", "sketch", "unbind", "unfuse"}
+)
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    """Import the PEFT side on first use: the bare ops do not need peft or transformers."""
+    if name in _NEEDS_PEFT:
+        return getattr(import_module("fslora_kernels.nn.peft"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

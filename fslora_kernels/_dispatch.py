@@ -1,0 +1,98 @@
+"""Which implementation runs: an explicit request is obeyed or refused with reasons."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+IMPLEMENTATIONS = ("torch", "triton")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was chosen and why.
+
+    Attributes:
+        implementation: one of ``IMPLEMENTATIONS``.
+        reason: one sentence.
+    """
+
+    implementation: str
+    reason: str
+
+
+@cache
+def _installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on any device.
+
+    It is Triton's own switch and the only environment variable that these packages read.
+    """
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable(implementation: str, device: str) -> str | None:
+    """Say why an implementation cannot run on a kind of device at all, without importing it.
+
+    Args:
+        implementation: one of ``IMPLEMENTATIONS``.
+        device: torch's device type, ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        The reason, or None where it can.
+    """
+    if implementation != "triton":
+        return None
+    if not _installed("triton"):
+        return "the package triton is not installed (it exists for Linux: pip install triton)"
+    if device != "cuda" and not interpreting():
+        return f"Triton kernels need a GPU and these tensors are on the device {device!r}"
+    return None
+
+
+def check_implementation(requested: str | None) -> None:
+    """Refuse a name that is no implementation.
+
+    Raises:
+        ValueError: listing the valid names.
+    """
+    if requested not in (None, "auto", *IMPLEMENTATIONS):
+        raise ValueError(
+            f"unknown implementation {requested!r}; choose 'auto', "
+            + " or ".join(repr(name) for name in IMPLEMENTATIONS)
+        )
+
+
+def select(requested: str | None, refusals: Mapping[str, str | None]) -> Choice:
+    """Choose an implementation.
+
+    Args:
+        requested: an implementation's name, or None or ``"auto"`` to choose the first that can.
+        refusals: implementation to the reason why it cannot run here (None: it can), best first.
+
+    Returns:
+        The choice; with an explicit request it is that one or nothing.
+
+    Raises:
+        ValueError: unknown name.
+        NotImplementedError: the requested implementation (or, on "auto", every one) refuses.
+    """
+    check_implementation(requested)
+    if requested is not None and requested != "auto":
+        reason = refusals[requested]
+        if reason is not None:
+            raise NotImplementedError(
+                f"implementation {requested!r} cannot run here: {reason}; "
+                "use implementation='auto' to let the library choose"
+            )
+        return Choice(requested, "requested")
+    passed_over: list[str] = []
+    for name, reason in refusals.items():
+        if reason is None:
+            return Choice(name, "; ".join(passed_over) or "the fastest that can run here")
+        passed_over.append(f"not {name}: {reason}")
+    raise NotImplementedError("no implementation can run here: " + "; ".join(passed_over))

@@ -1,0 +1,1 @@
+"""The fused layer for Hugging Face models, and how it gets into them."""

@@ -1,0 +1,141 @@
+"""The PEFT linear layer on the fused operation.
+
+``fuse`` changes the class of an existing ``peft.tuners.lora.Linear`` to this one and ``unfuse``
+changes it back, so modules, parameters, hooks and optimizers stay the same objects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D
+
+from fslora_kernels.ops.sketched_linear import sketched_linear
+from fslora_kernels.weights import LoRAWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Restriction:
+    """What a fused layer uses instead of an adapter's full factors.
+
+    Attributes:
+        index: view mode: int64 ``[S]`` into the layer's own factors, on their device.
+        leaves: compact mode: a client's own factors, used whole.
+    """
+
+    index: Tensor | None = None
+    leaves: LoRAWeights | None = None
+
+
+def indirect_reason(base: nn.Module) -> str | None:
+    """Say why the base product cannot be accumulated onto the delta, or None if it can.
+
+    Bypassing ``base.forward`` is right only for an untouched plain layer: a hook would not run, an
+    offloaded weight would be read before it is there, a nested adapter would be lost.
+    """
+    if type(base) is not nn.Linear and type(base) is not Conv1D:
+        return f"its base layer is {type(base).__module__}.{type(base).__qualname__}"
+    if type(base.weight) is not nn.Parameter and type(base.weight) is not Tensor:
+        return f"its base weight is a {type(base.weight).__name__}"
+    if (
+        base._forward_hooks
+        or base._forward_pre_hooks
+        or base._backward_hooks
+        or base._backward_pre_hooks
+    ):
+        return "its base layer has hooks"
+    if "forward" in base.__dict__ or "_hf_hook" in base.__dict__:
+        return "the forward of its base layer is replaced"
+    return None
+
+
+class SketchedLoRALinear(PeftLinear):  # type: ignore[misc]
+    """``peft.tuners.lora.Linear`` computed by ``sketched_linear``.
+
+    Everything but the plain unmerged forward pass is PEFT's own code.
+
+    Attributes:
+        implementation: what ``sketched_linear`` is asked to use.
+        restrictions: adapter name to what is used instead of its full factors.
+    """
+
+    implementation: str | None
+    restrictions: dict[str, Restriction]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        """Return base(x) plus the active adapters' deltas, ``[..., out_features]``."""
+        vanilla = self._vanilla_reason(args, kwargs)
+        if vanilla is not None:
+            if self.restrictions and not self.disable_adapters:
+                raise ValueError(
+                    f"a sketch is set on this layer, but {vanilla}, which runs PEFT's own code "
+                    "with the whole adapter; call fslora_kernels.sketch(model, None) and "
+                    "fslora_kernels.unbind(model) first"
+                )
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        y: Tensor | None = None
+        base = self.base_layer
+        hooked = _has_any_global_hook()  # type: ignore[no-untyped-call]
+        if hooked or indirect_reason(base) is not None or self._mixed_dtypes(x):
+            y = base(x)
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                y = self._add_adapter(name, x, y)
+        return base(x) if y is None else y
+
+    def _vanilla_reason(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if args or kwargs:
+            return "the call passes more than the input"
+        if self.disable_adapters:
+            return "the adapters are disabled"
+        if self.merged:
+            return "an adapter is merged into the base weight"
+        if self.lora_variant and any(name in self.lora_variant for name in self.active_adapters):
+            return "an active adapter is a LoRA variant"
+        return None
+
+    def _mixed_dtypes(self, x: Tensor) -> bool:
+        """Whether the base layer has its own opinion on dtypes: let it run, or complain."""
+        return x.dtype != self.base_layer.weight.dtype and not torch.is_autocast_enabled(
+            x.device.type
+        )
+
+    def _add_adapter(self, name: str, x: Tensor, y: Tensor | None) -> Tensor:
+        """Return base(x) plus this adapter's delta, or y plus it where y is given."""
+        restriction = self.restrictions.get(name, Restriction())
+        scale, index = self.scaling[name], restriction.index
+        if restriction.leaves is not None:
+            lora_a, lora_b = restriction.leaves.lora_a, restriction.leaves.lora_b.t()
+            scale = scale * (self.r[name] / lora_a.shape[0])
+        else:
+            lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
+            if index is not None:
+                scale = scale * (self.r[name] / index.shape[0])
+        bias = self.lora_B[name].bias
+        if bias is not None:
+            bias = bias * self.scaling[name]
+        weight = None
+        if y is None:
+            base = self.base_layer
+            weight = base.weight if type(base) is nn.Linear else base.weight.t()
+            if base.bias is not None:
+                bias = base.bias if bias is None else base.bias + bias
+        dropout = self.lora_dropout[name]
+        delta = sketched_linear(
+            x,
+            weight,
+            lora_a,
+            lora_b,
+            index,
+            bias=bias,
+            scale=scale,
+            dropout=dropout.p if self.training and type(dropout) is nn.Dropout else 0.0,
+            implementation=self.implementation,
+        )
+        return delta if y is None else y + delta.to(y.dtype)

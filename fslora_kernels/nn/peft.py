@@ -1,0 +1,281 @@
+"""What a user calls on a PEFT model: fuse it, sketch it, take a client's part out and put it back.
+
+Modules are named as in ``model.named_modules()``; ``FuseReport.fused`` lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from fslora_kernels._dispatch import check_implementation, unavailable
+from fslora_kernels.nn.linear import Restriction, SketchedLoRALinear, indirect_reason
+from fslora_kernels.weights import Adapters, LoRAWeights, check_index
+
+# Exact types only: a subclass may compute something else.
+FUSED_CLASSES = ((PeftLinear, SketchedLoRALinear),)
+
+
+@dataclass(frozen=True, slots=True)
+class FuseReport:
+    """What ``fuse`` did.
+
+    Attributes:
+        fused: module name to its mode: "delta-first", or "accumulate: <why>".
+        left: module name to why it stays vanilla PEFT.
+        implementation: what the layers ask for; "auto" decides at each call.
+    """
+
+    fused: dict[str, str]
+    left: dict[str, str]
+    implementation: str
+
+    def __str__(self) -> str:
+        """Summarise in a few lines, naming every layer that is not in the fast mode."""
+        slow = {name: mode for name, mode in self.fused.items() if mode != "delta-first"}
+        lines = [
+            f"fused {len(self.fused)} LoRA layers (implementation: {self.implementation}), "
+            f"left {len(self.left)} as vanilla PEFT"
+        ]
+        lines += [f"  {name}: {mode}" for name, mode in slow.items()]
+        lines += [f"  {name}: left, {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines)
+
+
+def _refusal(layer: LoraLayer) -> str | None:
+    if type(layer) not in dict(FUSED_CLASSES):
+        return f"{type(layer).__name__} is not among the fused types"
+    if layer.lora_variant:
+        variants = {type(variant).__name__ for variant in layer.lora_variant.values()}
+        return f"it uses the LoRA variant {', '.join(sorted(variants))}"
+    for dropout in layer.lora_dropout.values():
+        if type(dropout) not in (nn.Dropout, nn.Identity):
+            return f"its dropout is a {type(dropout).__name__}"
+    return None
+
+
+def fuse(model: nn.Module, implementation: str | None = None) -> FuseReport:
+    """Make the LoRA layers of a PEFT model compute through ``sketched_linear``.
+
+    Works before or in the middle of training: parameters, optimizers, hooks and checkpoints stay
+    what they are. Layers that cannot be fused are left as they are and listed in the report.
+    Calling it again changes the implementation.
+
+    Args:
+        model: a ``peft.PeftModel``, or any module with PEFT LoRA layers in it.
+        implementation: "torch", "triton", or None for "auto".
+
+    Returns:
+        What was fused, in which mode, what not and why.
+
+    Raises:
+        ValueError: the model has no LoRA layer, or no such implementation exists.
+        NotImplementedError: the implementation cannot run on the model's device.
+    """
+    check_implementation(implementation)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+    if not layers:
+        raise ValueError(
+            "the model has no LoRA layer; wrap it first: peft.get_peft_model(model, LoraConfig())"
+        )
+    device = next(model.parameters()).device.type
+    if implementation not in (None, "auto") and (reason := unavailable(implementation, device)):
+        raise NotImplementedError(f"implementation {implementation!r} cannot run here: {reason}")
+    fused, left = {}, {}
+    for name, layer in layers:
+        if not isinstance(layer, SketchedLoRALinear):
+            if (refusal := _refusal(layer)) is not None:
+                left[name] = refusal
+                continue
+            layer.__class__ = dict(FUSED_CLASSES)[type(layer)]
+            layer.restrictions = {}
+        layer.implementation = implementation
+        indirect = indirect_reason(layer.base_layer)
+        fused[name] = "delta-first" if indirect is None else f"accumulate: {indirect}"
+    return FuseReport(fused, left, implementation or "auto")
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every fused layer its PEFT class back; sketches and bound leaves are dropped."""
+    classes: dict[type, type] = {ours: theirs for theirs, ours in FUSED_CLASSES}
+    for layer in model.modules():
+        if type(layer) in classes:
+            layer.__class__ = classes[type(layer)]
+            del layer.restrictions, layer.implementation
+
+
+def fused_layers(model: nn.Module) -> dict[str, SketchedLoRALinear]:
+    """Return the fused layers by module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, SketchedLoRALinear)}
+
+
+def _named(
+    model: nn.Module, names: Mapping[str, object], adapter_name: str | None
+) -> Iterator[tuple[str, SketchedLoRALinear, str]]:
+    """Yield each named layer with the adapter that is meant."""
+    layers = fused_layers(model)
+    for name in names:
+        layer = layers.get(name)
+        if layer is None:
+            known = ", ".join(list(layers)[:3]) or "none: call fslora_kernels.fuse(model) first"
+            raise ValueError(f"no fused LoRA layer is named {name!r}; fused layers are {known}, …")
+        adapter = adapter_name
+        if adapter is None:
+            active = [a for a in layer.active_adapters if a in layer.lora_A]
+            if len(active) != 1:
+                raise ValueError(
+                    f"{name} has the active adapters {active}; name one with adapter_name="
+                )
+            adapter = active[0]
+        if adapter not in layer.lora_A or adapter in layer.lora_variant:
+            raise ValueError(f"{name} has no plain LoRA adapter {adapter!r}")
+        yield name, layer, adapter
+
+
+def sketch(
+    model: nn.Module,
+    indices: Mapping[str, Tensor | None] | None,
+    *,
+    adapter_name: str | None = None,
+) -> None:
+    """View mode: let layers use only some ranks of their own factors, scaled by rank / size.
+
+    Replaces every sketch set before; layers that are not named use all their ranks. Gradients
+    keep the full shapes and are zero outside the index set.
+
+    Args:
+        model: a fused model.
+        indices: module name to int64 ``[S]``, ascending (None: all ranks); None clears all.
+        adapter_name: the adapter that is meant; default the active one.
+
+    Raises:
+        ValueError: unknown module, or an index out of range, repeated or not ascending.
+    """
+    named = list(_named(model, indices or {}, adapter_name))
+    restrictions = []
+    for name, layer, adapter in named:
+        index = (indices or {})[name]
+        if index is not None:
+            check_index(index, layer.r[adapter])
+            index = index.to(layer.lora_A[adapter].weight.device)
+        restrictions.append((layer, adapter, index))
+    unbind(model)
+    for layer, adapter, index in restrictions:
+        if index is not None:
+            layer.restrictions[adapter] = Restriction(index=index)
+
+
+def extract(
+    model: nn.Module, indices: Mapping[str, Tensor | None], *, adapter_name: str | None = None
+) -> Adapters:
+    """Compact mode: copy the selected ranks out as a client's own trainable leaves.
+
+    Args:
+        model: a fused model.
+        indices: module name to int64 ``[S]``, ascending, or None for all ranks.
+        adapter_name: the adapter that is meant; default the active one.
+
+    Returns:
+        Module name to fresh contiguous leaves ``[S, D]`` and ``[S, E]`` that require gradients.
+
+    Raises:
+        ValueError: unknown module, or an index out of range, repeated or not ascending.
+    """
+    adapters: Adapters = {}
+    for name, layer, adapter in _named(model, indices, adapter_name):
+        lora_a, lora_b = _factors(layer, adapter)
+        index = indices[name]
+        if index is not None:
+            check_index(index, layer.r[adapter])
+            index = index.to(lora_a.device)
+            lora_a, lora_b = lora_a[index], lora_b[index]
+        adapters[name] = LoRAWeights(
+            lora_a.clone(memory_format=torch.contiguous_format).requires_grad_(),
+            lora_b.clone(memory_format=torch.contiguous_format).requires_grad_(),
+        )
+    return adapters
+
+
+def bind(model: nn.Module, adapters: Adapters, *, adapter_name: str | None = None) -> None:
+    """Compact mode: let layers compute with these leaves instead of their own factors.
+
+    The delta is scaled by the layer's scaling times rank / S. The layer's own parameters are not
+    touched. Replaces what was bound or sketched before.
+
+    Args:
+        model: a fused model.
+        adapters: module name to ``[S, D]`` and ``[S, E]``, on the layer's device.
+        adapter_name: the adapter that is replaced; default the active one.
+
+    Raises:
+        ValueError: unknown module, or factors that do not fit the layer.
+    """
+    named = list(_named(model, adapters, adapter_name))
+    for name, layer, adapter in named:
+        leaves = adapters[name]
+        rank, wanted = leaves.rank, (layer.in_features, layer.out_features)
+        found = (leaves.lora_a.shape[1], leaves.lora_b.shape[1])
+        if found != wanted or leaves.lora_b.shape[0] != rank or not 0 < rank <= layer.r[adapter]:
+            raise ValueError(
+                f"the leaves of {name} are {tuple(leaves.lora_a.shape)} and "
+                f"{tuple(leaves.lora_b.shape)}, but the layer takes [S, {wanted[0]}] and "
+                f"[S, {wanted[1]}] with S at most {layer.r[adapter]}"
+            )
+    unbind(model)
+    for name, layer, adapter in named:
+        layer.restrictions[adapter] = Restriction(leaves=adapters[name])
+
+
+def unbind(model: nn.Module) -> None:
+    """Let every layer use its own full factors again (clears sketches too)."""
+    for layer in fused_layers(model).values():
+        layer.restrictions.clear()
+
+
+def scatter(
+    model: nn.Module,
+    adapters: Adapters,
+    indices: Mapping[str, Tensor | None],
+    *,
+    adapter_name: str | None = None,
+) -> None:
+    """Write a client's leaves back into the layers' own factors, in place.
+
+    Args:
+        model: a fused model.
+        adapters: module name to ``[S, D]`` and ``[S, E]``.
+        indices: the index sets that the leaves were extracted with.
+        adapter_name: the adapter that is meant; default the active one.
+
+    Raises:
+        ValueError: unknown module, missing or wrong index set.
+    """
+    named = list(_named(model, adapters, adapter_name))
+    for name, layer, adapter in named:
+        index = indices.get(name)
+        size = layer.r[adapter] if index is None else index.shape[0]
+        if index is not None:
+            check_index(index, layer.r[adapter])
+        if size != adapters[name].rank:
+            raise ValueError(
+                f"{name} has {adapters[name].rank} ranks to write back but its index set has "
+                f"{size}; pass the index sets that the leaves were extracted with"
+            )
+    for name, layer, adapter in named:
+        lora_a, lora_b = _factors(layer, adapter)
+        index = indices.get(name)
+        rows = slice(None) if index is None else index.to(lora_a.device)
+        lora_a[rows] = adapters[name].lora_a.detach().to(lora_a)
+        lora_b[rows] = adapters[name].lora_b.detach().to(lora_b)
+
+
+def _factors(layer: SketchedLoRALinear, adapter: str) -> LoRAWeights:
+    """Return the layer's own factors, rank-major views that share their storage."""
+    return LoRAWeights(
+        layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach().t()
+    )

@@ -1,0 +1,1 @@
+"""One folder per operation: reference, interface, autograd, one file per backend, shapes."""

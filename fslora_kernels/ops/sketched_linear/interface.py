@@ -1,0 +1,142 @@
+"""The public function: checks, flattening, dtypes, dispatch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fslora_kernels.ops.sketched_linear.op import Arguments, SketchedLinear, choose
+from fslora_kernels.weights import check_index
+
+
+def sketched_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    index: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    rank_weight: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Return ``x Wᵀ + bias + scale · (drop(x) A[I]ᵀ ∘ rank_weight) B[:, I]ᵀ``.
+
+    Gradients flow to ``x``, ``lora_a``, ``lora_b`` and, where they require them, to ``weight`` and
+    ``bias``. With an ``index`` the gradients of the factors have their full shapes, and are zero
+    outside the selected ranks. Under autocast everything is computed in autocast's dtype; else in
+    x's dtype, to which the factors are cast after they are gathered.
+
+    Args:
+        x: ``[..., in_features]``, any strides.
+        weight: ``[out_features, in_features]``, any strides; None gives the delta alone.
+        lora_a: ``[rank, in_features]``.
+        lora_b: ``[out_features, rank]``, any strides.
+        index: int64 ``[sketch_size]``, ascending; None uses every rank. Its values are checked
+            on a CPU; on a GPU, where that would wait for the device, they are not.
+        bias: ``[out_features]``.
+        scale: factor of the delta, the correction rank / sketch_size included: for plain LoRA
+            alpha / sketch_size, for rsLoRA alpha · √rank / sketch_size. Not differentiated.
+        rank_weight: ``[sketch_size]``, multiplies the hidden ranks. Not differentiated.
+        dropout: probability of dropping an input feature of the adapter (not of the base layer).
+        seed: of the dropout mask; None draws one from torch's generator, as nn.Dropout would.
+        implementation: "torch", "triton", or None for "auto".
+
+    Returns:
+        ``[..., out_features]``.
+
+    Raises:
+        ValueError: shapes, devices or the index set do not fit together.
+        NotImplementedError: the requested implementation cannot run this call.
+
+    Example:
+        >>> x, weight = torch.ones(2, 8), torch.eye(8)
+        >>> lora_a, lora_b = torch.ones(4, 8), torch.ones(8, 4)
+        >>> index = torch.tensor([0, 2])
+        >>> sketched_linear(x, weight, lora_a, lora_b, index, scale=0.5)[0, 0].item()
+        9.0
+
+    Source: arXiv 2501.19389.
+    """
+    _check(x, weight, lora_a, lora_b, index, bias, rank_weight)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    out_features = lora_b.shape[0]
+    x_TD = x.to(_compute_dtype(x)).reshape(-1, x.shape[-1])
+    gain = scale if rank_weight is None else rank_weight * scale
+    if isinstance(gain, Tensor):
+        if gain.requires_grad:
+            raise ValueError("scale and rank_weight are not differentiated; pass them detached")
+        gain = gain.to(x.device)
+    if dropout and seed is None:
+        seed = int(torch.randint(2**63 - 1, ()).item())
+    arguments = Arguments(
+        x_TD, weight, lora_a, lora_b, index, bias, gain, dropout, seed if dropout and seed else 0
+    )
+    choice = choose(arguments, implementation)
+    y_TE: Tensor = SketchedLinear.apply(  # type: ignore[no-untyped-call]
+        x_TD,
+        weight,
+        lora_a,
+        lora_b,
+        index,
+        bias,
+        gain,
+        arguments.dropout,
+        arguments.seed,
+        choice.implementation,
+    )
+    return y_TE.reshape(*x.shape[:-1], out_features)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    index: Tensor | None,
+    bias: Tensor | None,
+    rank_weight: Tensor | None,
+) -> None:
+    if lora_a.ndim != 2 or lora_b.ndim != 2 or lora_a.shape[0] != lora_b.shape[1]:
+        raise ValueError(
+            "lora_a must be [rank, in_features] and lora_b [out_features, rank], got "
+            f"{tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
+        )
+    rank, in_features = lora_a.shape
+    out_features = lora_b.shape[0]
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x must be [..., {in_features}] as lora_a asks, got {tuple(x.shape)}")
+    if weight is not None and weight.shape != (out_features, in_features):
+        raise ValueError(
+            f"weight must be [{out_features}, {in_features}] as lora_b and lora_a ask, got "
+            f"{tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must be [{out_features}], got {tuple(bias.shape)}")
+    if index is not None and index.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_index(index, rank)
+    size = rank if index is None else index.shape[0]
+    if rank_weight is not None and rank_weight.shape != (size,):
+        raise ValueError(f"rank_weight must be [{size}], got {tuple(rank_weight.shape)}")
+    for name, tensor in (
+        ("weight", weight),
+        ("lora_a", lora_a),
+        ("lora_b", lora_b),
+        ("index", index),
+        ("bias", bias),
+    ):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but x is on {x.device}; move both to one device"
+            )

@@ -1,0 +1,177 @@
+"""Autograd, the choice of a backend, and what the operation costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fslora_kernels._dispatch import Choice, select, unavailable
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """One call, checked: what a backend gets.
+
+    Attributes:
+        x: ``[T, D]``, in the dtype that the products are computed in.
+        weight: ``[E, D]``, or None for the delta alone.
+        lora_a: ``[R, D]``; may be of another dtype than x.
+        lora_b: ``[E, R]``, any strides; may be of another dtype than x.
+        index: int64 ``[S]``, ascending, or None for all ranks.
+        bias: ``[E]`` or None.
+        gain: the scale, times the rank weights where there are any: a number, ``[]`` or ``[S]``.
+        dropout: probability of dropping an input feature of the adapter.
+        seed: of the dropout mask.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    index: Tensor | None
+    bias: Tensor | None
+    gain: float | Tensor
+    dropout: float
+    seed: int
+
+
+class Backend(Protocol):
+    """What a backend module offers."""
+
+    def refuses(self, arguments: Arguments, /) -> str | None:
+        """Why it cannot run this call, or None."""
+
+    def forward(self, arguments: Arguments) -> tuple[Tensor, Tensor]:
+        """Return y ``[T, E]`` and the scaled h ``[T, S]``."""
+
+    def backward(
+        self, arguments: Arguments, h_TS: Tensor, dy_TE: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of x, A and B."""
+
+
+# Best first: "auto" takes the first that does not refuse.
+BACKENDS = (
+    ("triton", "fslora_kernels.ops.sketched_linear.backend_triton"),
+    ("torch", "fslora_kernels.ops.sketched_linear.backend_torch"),
+)
+
+
+@cache
+def backend(name: str) -> Backend:
+    """Import a backend by its name."""
+    return cast("Backend", import_module(dict(BACKENDS)[name]))
+
+
+def choose(arguments: Arguments, requested: str | None) -> Choice:
+    """Choose the backend for a call: see ``_dispatch.select``."""
+    device = arguments.x.device.type
+    return select(
+        requested,
+        {
+            name: unavailable(name, device) or backend(name).refuses(arguments)
+            for name, _ in BACKENDS
+        },
+    )
+
+
+class SketchedLinear(torch.autograd.Function):
+    """First-order gradients for x, A, B, and for the base weight and bias where they train."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        weight: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        index: Tensor | None,
+        bias: Tensor | None,
+        gain: float | Tensor,
+        dropout: float,
+        seed: int,
+        implementation: str,
+    ) -> Tensor:
+        arguments = Arguments(x, weight, lora_a, lora_b, index, bias, gain, dropout, seed)
+        y_TE, h_TS = backend(implementation).forward(arguments)
+        gain_tensor = gain if isinstance(gain, Tensor) else None
+        ctx.save_for_backward(x, weight, lora_a, lora_b, index, gain_tensor, h_TS)
+        ctx.gain = None if gain_tensor is not None else gain
+        ctx.dropout, ctx.seed, ctx.implementation = dropout, seed, implementation
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y_TE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TE: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, D102
+        x, weight, lora_a, lora_b, index, gain_tensor, h_TS = ctx.saved_tensors
+        gain = ctx.gain if gain_tensor is None else gain_tensor
+        arguments = Arguments(x, weight, lora_a, lora_b, index, None, gain, ctx.dropout, ctx.seed)
+        needs_x, needs_weight, needs_a, needs_b, _, needs_bias, *_ = ctx.needs_input_grad
+        dx, da, db = backend(ctx.implementation).backward(
+            arguments, h_TS, dy_TE, (needs_x, needs_a, needs_b)
+        )
+        dweight = torch.mm(dy_TE.t(), x).to(weight.dtype) if needs_weight else None
+        dbias = dy_TE.sum(0).to(ctx.bias_dtype) if needs_bias else None
+        return dx, dweight, da, db, None, dbias, None, None, None, None
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one call must do and move at least.
+
+    Attributes:
+        base_flops: the bare base layer's, forward or backward (dx only, the weight is frozen).
+        lora_flops: the adapter's, counting a multiply and an add as two.
+        lora_bytes: device memory traffic beyond the bare base layer's, each tensor touched once
+            per pass over it.
+        adapter_bytes: of the selected factors.
+    """
+
+    base_flops: int
+    lora_flops: int
+    lora_bytes: int
+    adapter_bytes: int
+
+
+def cost(
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    sketch_size: int,
+    *,
+    backward: bool = False,
+    itemsize_bytes: int = 4,
+    pad_ranks_to: int = 1,
+) -> Cost:
+    """State the floating-point operations and bytes of one call.
+
+    Args:
+        tokens: T.
+        in_features: D.
+        out_features: E.
+        sketch_size: S.
+        backward: the cost of the backward pass (dx, dA and dB) rather than the forward.
+        itemsize_bytes: of one element.
+        pad_ranks_to: the multiple that the implementation pads S to; 1 gives the useful cost.
+
+    Returns:
+        The cost of one call.
+    """
+    ranks = -(-sketch_size // pad_ranks_to) * pad_ranks_to
+    features = in_features + out_features
+    passes = 2 if backward else 1
+    # Forward reads x and h, writes the delta. Backward reads dy for dh and dB, x for dA, writes dx.
+    streams = tokens * (features + 2 * ranks + (features if backward else 0))
+    return Cost(
+        base_flops=2 * tokens * in_features * out_features,
+        lora_flops=passes * 2 * tokens * ranks * features,
+        lora_bytes=(streams + passes * ranks * features) * itemsize_bytes,
+        adapter_bytes=sketch_size * features * itemsize_bytes,
+    )

@@ -1,0 +1,60 @@
+"""The low-rank pair of one layer, and what a valid index set is."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LoRAWeights(NamedTuple):
+    """One layer's low-rank pair, both factors rank-major so that one rank is one contiguous row.
+
+    Attributes:
+        lora_a: ``[S, D]``, rows of A.
+        lora_b: ``[S, E]``, columns of B stored as rows; PEFT's ``lora_B.weight`` is its transpose.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+
+    @property
+    def rank(self) -> int:
+        """How many ranks the pair has."""
+        return self.lora_a.shape[0]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of both factors, as they travel."""
+        return self.lora_a.nbytes + self.lora_b.nbytes
+
+
+Adapters = dict[str, LoRAWeights]
+"""Module name (as in ``model.named_modules()``) to its low-rank pair."""
+
+
+def check_index(index: Tensor, rank: int) -> None:
+    """Check that ``index`` is a valid index set of a rank-``rank`` adapter.
+
+    Args:
+        index: int64 ``[S]``; strictly ascending, each in ``[0, rank)``, at least one.
+        rank: R, the rank of the global adapter.
+
+    Raises:
+        ValueError: naming what is wrong and what a valid index set is.
+    """
+    if index.ndim != 1 or index.dtype != torch.int64:
+        raise ValueError(
+            f"an index set is a one-dimensional int64 tensor, got {index.dtype} of shape "
+            f"{tuple(index.shape)}; build it with torch.tensor([...], dtype=torch.int64)"
+        )
+    if index.numel() == 0:
+        raise ValueError("the index set is empty; a sketch keeps at least one rank")
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= rank:
+        raise ValueError(
+            f"the index set reaches from {low} to {high}, but the adapter has ranks 0 to {rank - 1}"
+        )
+    if index.numel() > 1 and bool((index[1:] <= index[:-1]).any()):
+        raise ValueError(
+            "the index set must be ascending without repeats; sort it with torch.unique(index)"
+        )
