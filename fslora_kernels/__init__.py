@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         bind,
         extract,
         fuse,
+        modules,
         scatter,
         sketch,
         unbind,
@@ -40,6 +41,7 @@ __all__ = [
     "check_index",
     "extract",
     "fuse",
+    "modules",
     "scatter",
     "sketch",
     "sketched_linear",
@@ -48,7 +50,7 @@ __all__ = [
 ]
 
 _NEEDS_PEFT = frozenset(
-    {"FuseReport", "bind", "extract", "fuse", "scatter", "sketch", "unbind", "unfuse"}
+    {"FuseReport", "bind", "extract", "fuse", "modules", "scatter", "sketch", "unbind", "unfuse"}
 )
 
 

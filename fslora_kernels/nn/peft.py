@@ -114,6 +114,11 @@ def fused_layers(model: nn.Module) -> dict[str, SketchedLoRALinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, SketchedLoRALinear)}
 
 
+def modules(model: nn.Module) -> list[str]:
+    """Return the names of the fused layers, as ``sketch`` and ``extract`` take them."""
+    return list(fused_layers(model))
+
+
 def _named(
     model: nn.Module, names: Mapping[str, object], adapter_name: str | None
 ) -> Iterator[tuple[str, SketchedLoRALinear, str]]:

@@ -1,0 +1,145 @@
+"""The command ``fslora``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from inspect import cleandoc
+from pathlib import Path
+
+from fslora import __version__
+
+_USAGE = """usage: fslora COMMAND [flags]
+
+Federated Sketching LoRA: one high-rank adapter, trained by devices of unequal strength.
+
+commands:
+  simulate   fine-tune a model with simulated clients of unequal strength
+  doctor     say which kernels can run on this machine, and why not
+
+  fslora simulate --preset demo        twenty clients on real text, under two minutes
+  fslora COMMAND --help                every flag, explained
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # peft 0.21 reads a property that transformers 5.23 renamed.
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
+    if given[:1] == ["--version"]:
+        sys.stdout.write(f"fslora {__version__}\n")
+        return 0
+    commands: dict[str, Callable[[Sequence[str]], None]] = {
+        "simulate": _simulate,
+        "doctor": _doctor,
+    }
+    if not given or given[0] not in commands:
+        wrong = bool(given) and given[0] not in ("-h", "--help")
+        (sys.stderr if wrong else sys.stdout).write(_USAGE)
+        if wrong:
+            sys.stderr.write(f"\nfslora: there is no command {given[0]!r}\n")
+        return 2 if wrong else 0
+    try:
+        commands[given[0]](given[1:])
+    except KeyboardInterrupt:
+        sys.stderr.write("\nfslora: stopped; go on with the same command and --resume\n")
+        return 130
+    except (ValueError, FileNotFoundError, NotImplementedError, RuntimeError) as error:
+        if not _is_for_the_user(error):
+            raise
+        sys.stderr.write(f"fslora: {error}\n")
+        return 2
+    return 0
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether the message says it all: it was raised in our own packages, or derives from it."""
+    from fslora.server import NoUsableUpdateError
+
+    if isinstance(error, RuntimeError) and not isinstance(
+        error, NoUsableUpdateError | NotImplementedError
+    ):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return module.split(".")[0] in ("fslora", "fslora_kernels", "tyro")
+
+
+def _simulate(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from fslora.config import SimulateConfig, merged, read_settings
+    from fslora.presets import PRESETS
+
+    files = argparse.ArgumentParser(prog="fslora simulate", add_help=False)
+    files.add_argument("--preset", choices=sorted(PRESETS))
+    files.add_argument("--config", type=Path)
+    chosen, flags = files.parse_known_args(arguments)
+    default = PRESETS[chosen.preset]() if chosen.preset else None
+    if default is None and chosen.config is None and "--resume" in flags:
+        chosen.config = _saved_settings(flags)
+    if chosen.config is not None:
+        values = merged(default, read_settings(chosen.config), str(chosen.config))
+        default = SimulateConfig(**values)
+    config = tyro.cli(
+        SimulateConfig,
+        args=flags,
+        default=default,
+        prog="fslora simulate",
+        description=f"{cleandoc(SimulateConfig.__doc__ or '').split('Attributes:')[0].strip()}\n\n"
+        f"--preset {{{','.join(sorted(PRESETS))}}} takes ready-made settings, --config FILE.toml "
+        "takes them from a file (names as the flags below); flags override both.",
+    )
+    _run(config)
+
+
+def _saved_settings(flags: Sequence[str]) -> Path | None:
+    """The settings of the run that is to be continued, so that --out and --resume suffice."""
+    peek = argparse.ArgumentParser(add_help=False)
+    peek.add_argument("--out", type=Path, default=Path("runs/last"))
+    path: Path = peek.parse_known_args(flags)[0].out / "config.json"
+    return path if path.is_file() else None
+
+
+def _run(config: object) -> None:
+    from rich.console import Console
+
+    from fslora.config import SimulateConfig
+    from fslora.console import closing_lines, closing_table, progress
+    from fslora.report import write_report
+    from fslora.simulate import simulate
+
+    if not isinstance(config, SimulateConfig):
+        raise TypeError(f"not a config: {config}")
+    console = Console()
+    with progress(config, console) as watcher:
+        summary = simulate(config, watcher)
+    closing_table(summary, console)
+    folder = Path(config.out)
+    try:
+        report = write_report(folder)
+    except ValueError as error:
+        console.print(f"no report: {error}", markup=False)
+        report = None
+    closing_lines(folder, report, console)
+
+
+def _doctor(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="fslora doctor", description="Say which kernels can run on this machine, and why not."
+    )
+    parser.parse_args(arguments)
+    from rich.console import Console
+
+    from fslora.doctor import doctor
+
+    doctor(Console())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

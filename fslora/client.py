@@ -1,0 +1,138 @@
+"""What a client does with a task: train its own few ranks, answer their change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import fslora_kernels
+from fslora.data.tasks import Batch, Examples, Task
+from fslora.protocol import Adapters, ClientTask, ClientUpdate, Extras, LocalRule, LoRAWeights
+from fslora.seeds import fold_in
+
+
+def heads(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what a PEFT model trains beside its LoRA factors: heads, trained biases."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and ".lora_" not in name
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTrainer:
+    """A ``ClientFn``: trains on one resident fused model, one client at a time.
+
+    Attributes:
+        model: fused PEFT model; its own adapter is not touched, its heads are overwritten.
+        task: the loss.
+        data: client id to its examples.
+    """
+
+    model: nn.Module
+    task: Task
+    data: Mapping[str, Examples]
+
+    def __call__(self, task: ClientTask) -> ClientUpdate:
+        """Train for the task's local steps and return the change, on the CPU."""
+        device = next(self.model.parameters()).device
+        examples = self.data[task.client_id]
+        leaves = {name: _leaves(pair, device) for name, pair in task.adapters.items()}
+        head = {name: p for name, p in heads(self.model).items() if name in task.extras}
+        with torch.no_grad():
+            for name, parameter in head.items():
+                parameter.copy_(task.extras[name])
+        fslora_kernels.bind(self.model, leaves)
+        devices = [device] if device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(task.key)
+                loss = self._train([*_parameters(leaves), *head.values()], examples, task)
+        finally:
+            fslora_kernels.unbind(self.model)
+        return ClientUpdate(
+            round=task.round,
+            client_id=task.client_id,
+            nonce=task.nonce,
+            delta={
+                name: LoRAWeights(
+                    *(new.detach().cpu() - old for new, old in zip(leaves[name], pair, strict=True))
+                )
+                for name, pair in task.adapters.items()
+            },
+            extras={n: head[n].detach().cpu() - old for n, old in task.extras.items()},
+            num_examples=len(examples),
+            metrics={"loss": loss},
+        )
+
+    def _train(self, parameters: list[Tensor], examples: Examples, task: ClientTask) -> float:
+        """Run the local steps; return the mean training loss."""
+        rule = task.local
+        optimizer = _optimizer(parameters, rule)
+        batches = _batches(examples, rule.batch_size, fold_in(task.key, "batches"))
+        device = parameters[0].device
+        total = torch.zeros((), device=device)
+        self.model.train()
+        for _ in range(rule.steps):
+            for parameter in parameters:
+                parameter.grad = None
+            for _ in range(rule.accumulation):
+                loss = self.task.loss(self.model, next(batches)) / rule.accumulation
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+            if rule.clip_norm:
+                nn.utils.clip_grad_norm_(parameters, rule.clip_norm)
+            optimizer.step()
+        return float(total) / rule.steps
+
+
+def _leaves(pair: LoRAWeights, device: torch.device) -> LoRAWeights:
+    return LoRAWeights(*(t.detach().to(device, copy=True).requires_grad_() for t in pair))
+
+
+def _parameters(adapters: Adapters) -> list[Tensor]:
+    return [tensor for pair in adapters.values() for tensor in pair]
+
+
+def _optimizer(parameters: Sequence[Tensor], rule: LocalRule) -> torch.optim.Optimizer:
+    # fused: one call for all the small matrices instead of a dozen for each.
+    if rule.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=rule.lr, weight_decay=rule.weight_decay, fused=True)
+    return torch.optim.SGD(
+        parameters,
+        lr=rule.lr,
+        momentum=rule.momentum,
+        weight_decay=rule.weight_decay,
+        fused=True,
+    )
+
+
+def _batches(examples: Examples, size: int, key: int) -> Iterator[Batch]:
+    """Yield batches for ever: every example once, in a new order each time round.
+
+    A client with fewer examples than ``size`` gives them all in each batch.
+    """
+    generator = torch.Generator().manual_seed(key)
+    size = min(size, len(examples))
+    order = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(order) < size:
+            order = torch.cat([order, torch.randperm(len(examples), generator=generator)])
+        rows, order = order[:size], order[size:]
+        yield examples.take(rows)
+
+
+def payload_bytes(adapters: Adapters, extras: Extras) -> tuple[int, int]:
+    """Return the bytes of the tensors that travel: (adapter, head).
+
+    Index sets and seeds do not travel: the server keeps what it drew. The framing of a message
+    (names and shapes) is not counted.
+    """
+    return (
+        sum(pair.size_bytes for pair in adapters.values()),
+        sum(tensor.nbytes for tensor in extras.values()),
+    )

@@ -1,0 +1,234 @@
+"""Everything that a simulated run depends on, as one frozen and validated value."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+_LISTS = ("ratios", "target_modules", "text_column", "prompt_columns")
+# What may differ between a run and its continuation without changing a bit of what is learnt.
+_FREE_ON_RESUME = ("rounds", "out", "resume")
+_LOWEST = {
+    **dict.fromkeys(("clients", "per_round", "rank", "rounds", "local_steps"), 1),
+    **dict.fromkeys(("batch_size", "accumulation", "eval_every"), 1),
+    **dict.fromkeys(("momentum", "weight_decay", "clip_norm"), 0),
+    **dict.fromkeys(("layers", "eval_examples", "seed"), 0),
+    "max_length": 2,
+}
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
+
+
+@dataclass(frozen=True, slots=True)
+class SimulateConfig:
+    """Simulate federated fine-tuning of one model by clients of unequal strength.
+
+    Each round some clients train a random part of the ranks of one shared LoRA adapter, as large a
+    part as their sketch ratio says, and the server averages what they learnt.
+
+    Attributes:
+        model: Hugging Face model id, a folder, or docs-base (the small model in this package).
+        data: dataset id, folder or file (txt, tsv, csv, json, jsonl, parquet, also .gz), or
+            python-docs (the documentation of the Python that runs this).
+        eval_data: what to judge by; default a tenth of the data, held out.
+        task: causal-lm (next token), classification, or instruction (loss on the response).
+        text_column: column with the text, or two for a pair: name or position, comma-separated.
+        label_column: column with the class (classification).
+        prompt_columns: columns that make the prompt (instruction), comma-separated.
+        response_column: column with the response (instruction).
+        header: whether tsv and csv files start with column names.
+        reader: auto, or play for plays in plain text (columns speaker and text).
+        metric: score beside the loss, for classification.
+        partition: iid, dirichlet:ALPHA (skewed labels) or natural:COLUMN (one client a value).
+        clients: how many clients there are.
+        per_round: how many train in a round.
+        rank: R, rank of the shared adapter.
+        alpha: LoRA's alpha; the adapter is scaled by alpha / rank.
+        rslora: scale by alpha / √rank instead.
+        lora_dropout: dropout on the adapter's input.
+        target_modules: layers to adapt, by the end of their names, comma-separated, or all-linear.
+        ratios: sketch ratios S/R of the capacity classes, comma-separated, such as 1/8,1/4,1/2;
+            clients are dealt to the classes evenly.
+        strategy: the federated algorithm.
+        rounds: how many rounds.
+        local_steps: H, optimizer steps of a client in a round.
+        batch_size: examples in a batch.
+        accumulation: batches in an optimizer step.
+        max_length: tokens in an example.
+        optimizer: the clients' optimizer.
+        lr: the clients' learning rate.
+        momentum: of sgd.
+        weight_decay: of the clients' optimizer.
+        clip_norm: clip the clients' gradient norm to this; 0 does not clip.
+        server_opt: fedavg (plain averaging) or fedadam.
+        server_lr: the server's learning rate; 1 is plain averaging with fedavg.
+        seed: of everything random.
+        device: cpu, cuda, cuda:0 …, or auto.
+        dtype: of the base model; the adapter is always float32.
+        implementation: of the fused layer: auto, torch or triton.
+        layers: keep only the base model's first layers; 0 keeps all.
+        eval_every: evaluate every n-th round (and the last).
+        eval_examples: evaluate on at most so many examples, evenly spread; 0 takes all.
+        out: run folder.
+        resume: continue the run in the run folder.
+    """
+
+    model: str = ""
+    data: str = ""
+    eval_data: str = ""
+    task: Literal["causal-lm", "classification", "instruction"] = "causal-lm"
+    text_column: str = "text"
+    label_column: str = "label"
+    prompt_columns: str = "instruction"
+    response_column: str = "response"
+    header: bool = True
+    reader: Literal["auto", "play"] = "auto"
+    metric: Literal["accuracy", "f1", "mcc"] = "accuracy"
+    partition: str = "iid"
+    clients: int = 20
+    per_round: int = 10
+    rank: int = 16
+    alpha: float = 16.0
+    rslora: bool = False
+    lora_dropout: float = 0.0
+    target_modules: str = "all-linear"
+    ratios: str = "1/8,1/4,1/2"
+    strategy: Literal["fslora"] = "fslora"
+    rounds: int = 10
+    local_steps: int = 10
+    batch_size: int = 8
+    accumulation: int = 1
+    max_length: int = 128
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    server_opt: Literal["fedavg", "fedadam"] = "fedavg"
+    server_lr: float = 1.0
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    implementation: Literal["auto", "torch", "triton"] = "auto"
+    layers: int = 0
+    eval_every: int = 1
+    eval_examples: int = 0
+    out: str = "runs/last"
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, each by its flag."""
+        if not self.model:
+            raise ValueError("name a model: --model ID or FOLDER, or try --preset demo")
+        if not self.data:
+            raise ValueError("name the data: --data texts.jsonl, or try --preset demo")
+        for name, low in _LOWEST.items():
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{_flag(name)} must be at least {low}, got {getattr(self, name)}")
+        for name in ("alpha", "lr", "server_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{_flag(name)} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora-dropout must be in [0, 1), got {self.lora_dropout}")
+        if self.per_round > self.clients:
+            raise ValueError(
+                f"--per-round {self.per_round} asks for more clients a round than the "
+                f"{self.clients} there are; lower it or raise --clients"
+            )
+        for ratio in self.ratio_values:
+            if not 0 < ratio <= 1:
+                raise ValueError(f"--ratios must be in (0, 1], got {ratio:g}")
+
+    @property
+    def ratio_values(self) -> tuple[float, ...]:
+        """The sketch ratios as numbers."""
+        try:
+            return tuple(float(Fraction(part.strip())) for part in self.ratios.split(","))
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(
+                f"--ratios {self.ratios!r} is not a list of numbers such as 1/8,1/4,0.5"
+            ) from None
+
+    def column_names(self, name: str) -> tuple[str, ...]:
+        """Split a comma-separated field."""
+        return tuple(part.strip() for part in str(getattr(self, name)).split(",") if part.strip())
+
+    def to_json(self) -> dict[str, object]:
+        """Return the config with its lists as lists, as ``config.json`` holds it."""
+        values: dict[str, object] = {**asdict(self)}
+        values.update({name: list(self.column_names(name)) for name in _LISTS})
+        return {**values, "ratios": list(self.ratio_values)}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def merged(config: SimulateConfig | None, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Check values from a file and put them over a config's.
+
+    Args:
+        config: what to start from; None starts from the defaults.
+        values: field names (dashes or underscores) to values; lists may be lists or
+            comma-separated.
+        source: the file, for the message.
+
+    Returns:
+        Keyword arguments for ``SimulateConfig``.
+
+    Raises:
+        ValueError: an unknown field or a value of the wrong type.
+    """
+    types = {item.name: item.type for item in fields(SimulateConfig)}
+    result: dict[str, Any] = {} if config is None else asdict(config)
+    for key, given in values.items():
+        name = key.replace("-", "_")
+        if name not in types:
+            raise ValueError(f"{source}: unknown setting {key!r}; settings are the flags of --help")
+        listed = name in _LISTS and isinstance(given, list)
+        value: Any = ",".join(str(item) for item in given) if listed else given
+        wanted = _TYPES.get(str(types[name]), (str,))
+        if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+            raise ValueError(f"{source}: {key} = {value!r} is not of type {types[name]}")
+        result[name] = float(given) if float in wanted else value
+    return result
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a TOML file of settings, or a run's ``config.json``.
+
+    Raises:
+        ValueError: the file is missing or not in its format.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise ValueError(f"cannot read the settings {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
+    return values
+
+
+def continued(saved: SimulateConfig, asked: SimulateConfig) -> SimulateConfig:
+    """Check that a run may be continued as asked.
+
+    Returns:
+        The config to go on with.
+
+    Raises:
+        ValueError: a setting differs that would make the result another one.
+    """
+    before, after = saved.to_json(), asked.to_json()
+    changed = [n for n in before if n not in _FREE_ON_RESUME and before[n] != after[n]]
+    if changed:
+        listed = ", ".join(f"{_flag(n)} {after[n]} (was {before[n]})" for n in changed)
+        raise ValueError(
+            f"the run in {asked.out} was started otherwise: {listed}; leave these flags out, or "
+            "start a new run with another --out"
+        )
+    return replace(saved, rounds=asked.rounds, out=asked.out, resume=True)

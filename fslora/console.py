@@ -1,0 +1,112 @@
+"""What a run shows in the terminal: a progress bar, a closing table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from fslora.config import SimulateConfig
+from fslora.report import format_bytes
+from fslora.server import ClientRecord, RoundRecord
+from fslora.simulate import Watcher
+
+
+@contextmanager
+def progress(config: SimulateConfig, console: Console) -> Iterator[Watcher]:
+    """Show a bar over all client trainings, with loss, bytes so far, and time left."""
+    total = config.rounds * config.per_round
+    moved = 0
+    columns = (
+        TextColumn("round {task.fields[round]}/" + str(config.rounds)),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TextColumn("clients  loss {task.fields[loss]}  eval {task.fields[eval]}"),
+        TextColumn("{task.fields[bytes]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    bars = Progress(*columns, console=console)
+    bar = bars.add_task("", total=total, round=1, loss="–", eval="–", bytes="0 B")
+    loading = console.status("reading the data, loading the model")
+
+    def on_start(done: int) -> None:
+        loading.stop()
+        bars.start()
+        bars.update(bar, completed=done * config.per_round, round=done + 1)
+
+    def on_client(record: ClientRecord) -> None:
+        nonlocal moved
+        moved += record.bytes_up + record.bytes_down
+        loss = "–" if record.loss is None else f"{record.loss:.3f}"
+        bars.update(bar, advance=1, loss=loss, bytes=format_bytes(moved))
+        if record.rejected is not None:
+            bars.console.print(f"  {record.id}: left out, {record.rejected}", markup=False)
+
+    def on_round(record: RoundRecord) -> None:
+        bars.update(bar, round=min(record.round + 1, config.rounds))
+        if record.eval_loss is not None:
+            bars.update(bar, eval=f"{record.eval_loss:.3f}")
+
+    loading.start()
+    try:
+        yield Watcher(on_start, on_client, on_round)
+    finally:
+        loading.stop()
+        bars.stop()
+
+
+def closing_table(summary: dict[str, Any], console: Console) -> None:
+    """Print one line for each capacity class and one for all."""
+    table = Table(title="What each capacity class paid, and what it got", title_justify="left")
+    for head in ("sketch ratio", "S", "clients", "up", "down", "of full rank", "loss"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in summary["classes"]:
+        share = row["share_of_full_rank"]
+        table.add_row(
+            f"{row['ratio']:g}",
+            str(row["sketch_size"]),
+            str(row["clients"]),
+            format_bytes(row["bytes_up"]),
+            format_bytes(row["bytes_down"]),
+            "–" if share is None else f"{share:.1%}",
+            _change(row["loss_before"], row["loss_after"]),
+        )
+    moved = summary["bytes_up"] + summary["bytes_down"]
+    full = summary["full_rank_bytes_up"] + summary["full_rank_bytes_down"]
+    table.add_section()
+    table.add_row(
+        "all",
+        "",
+        str(sum(row["clients"] for row in summary["classes"])),
+        format_bytes(summary["bytes_up"]),
+        format_bytes(summary["bytes_down"]),
+        f"{moved / full:.1%}" if full else "–",
+        _change(summary["eval_loss_before"], summary["eval_loss_after"]),
+    )
+    console.print(table)
+    if summary["eval_metric_after"] is not None:
+        change = _change(summary["eval_metric_before"], summary["eval_metric_after"])
+        console.print(f"score: {change}")
+
+
+def closing_lines(folder: Path, report: Path | None, console: Console) -> None:
+    """Say where the adapter and the report lie."""
+    console.print(f"adapter: {folder / 'adapter'} (load it with peft.PeftModel.from_pretrained)")
+    if report is not None:
+        console.print(f"report:  {report}")
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return " → ".join("–" if value is None else f"{value:.3f}" for value in (before, after))

@@ -1,0 +1,193 @@
+"""From rows to clients: who trains on what, and what is held out to judge by."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fslora.data.causal_lm import CausalLM
+from fslora.data.classification import Classification
+from fslora.data.files import Rows
+from fslora.data.partition import Indices, client_names, natural_column, partition
+from fslora.data.rows import column, column_name
+from fslora.data.tasks import Examples, Task, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class FederatedData:
+    """Tokenised text of every client, and of the evaluation.
+
+    Attributes:
+        names: the clients' names.
+        clients: the training examples of each client, never empty.
+        evaluation: the examples to judge by; no client trains on them.
+        evaluation_groups: for each of them the position of the client whose distribution it is
+            from, or -1 where there is none.
+        labels: the class names in the order of their ids; empty for tasks without classes.
+    """
+
+    names: list[str]
+    clients: list[Examples]
+    evaluation: Examples
+    evaluation_groups: list[int]
+    labels: list[str]
+
+
+def load_federated(
+    rows: Rows,
+    task: Task,
+    tokenizer: Tokenizer,
+    *,
+    scheme: str,
+    clients: int,
+    key: int,
+    evaluation_rows: Rows | None = None,
+    label_column: str | int | None = None,
+) -> FederatedData:
+    """Deal rows to clients and tokenise them.
+
+    Without `evaluation_rows` a tenth is held out after the rows are dealt. Running text is held
+    out at its end: the last tenth of each client's rows, at least one. Of other tasks a tenth of
+    all dealt rows is drawn, leaving every client one. A single text (one row, `CausalLM`) is cut
+    by tokens: the last tenth is held out, and the clients get contiguous chunks of the rest.
+
+    Args:
+        rows: what `read_rows` gave.
+        task: how rows become examples.
+        tokenizer: any Hugging Face tokenizer.
+        scheme: the partition, see `partition.partition`; a single text knows `iid` only.
+        clients: how many.
+        key: the seed of the partition and of the held-out draw.
+        evaluation_rows: rows to judge by instead of a held-out tenth.
+        label_column: the labels of a `dirichlet` partition; a classification's own by default.
+
+    Raises:
+        ValueError: the data does not allow the partition, or a client or the evaluation is empty.
+    """
+    if isinstance(task, CausalLM) and len(rows) == 1:
+        return _cut_text(rows, task, tokenizer, scheme, clients, evaluation_rows)
+    if label_column is None and isinstance(task, Classification):
+        label_column = task.label_column
+    by_label = label_column is not None and scheme.startswith("dirichlet")
+    group = natural_column(scheme)
+    group_column = None if group is None else column_name(rows, group)
+    parts = partition(
+        scheme,
+        clients,
+        count=len(rows),
+        labels=column(rows, str(label_column)) if by_label else None,
+        groups=None if group_column is None else column(rows, group_column),
+        key=key,
+    )
+    names = [part.name for part in parts]
+    kept = [part.indices for part in parts]
+    if evaluation_rows is not None:
+        shares = _by_client(evaluation_rows, names, group_column)
+    else:
+        cut = _last_tenths(kept) if isinstance(task, CausalLM) else _drawn_tenth(kept, key)
+        kept, held_out = [keep for keep, _ in cut], [out for _, out in cut]
+        shares = [(n, [rows[row] for row in out]) for n, out in enumerate(held_out) if len(out)]
+    classes = task.class_names(rows)
+    encoded = []
+    for name, indices in zip(names, kept, strict=True):
+        own = [rows[row] for row in indices]
+        encoded.append(_not_empty(name, task.encode(own, tokenizer, classes) if own else None))
+    evaluation, groups = _encode_evaluation(task, tokenizer, shares, classes)
+    return FederatedData(names, encoded, evaluation, groups, classes)
+
+
+def _cut_text(
+    rows: Rows,
+    task: CausalLM,
+    tokenizer: Tokenizer,
+    scheme: str,
+    clients: int,
+    evaluation_rows: Rows | None,
+) -> FederatedData:
+    """Contiguous chunks of one text as clients."""
+    if scheme != "iid":
+        raise ValueError(f"{scheme} needs several rows, and the data is one text: use iid")
+    names = client_names(clients)
+    tokens = task.tokens(rows, tokenizer)
+    if evaluation_rows is None:
+        tokens, held_out = tokens.tensor_split([len(tokens) * 9 // 10])
+        evaluation = task.blocks(held_out, tokenizer)
+    else:
+        evaluation = task.encode(evaluation_rows, tokenizer, ())
+    encoded = [
+        _not_empty(name, task.blocks(chunk, tokenizer))
+        for name, chunk in zip(names, tokens.tensor_split(clients), strict=True)
+    ]
+    _refuse_empty_evaluation(len(evaluation))
+    return FederatedData(names, encoded, evaluation, [-1] * len(evaluation), [])
+
+
+def _last_tenths(parts: Sequence[Indices]) -> list[tuple[Indices, Indices]]:
+    """Each client's rows as (kept, held out): the last tenth is held out, at least one."""
+    cuts = [len(indices) - max(1, len(indices) // 10) for indices in parts]
+    return [(indices[:cut], indices[cut:]) for indices, cut in zip(parts, cuts, strict=True)]
+
+
+def _drawn_tenth(parts: Sequence[Indices], key: int) -> list[tuple[Indices, Indices]]:
+    """Each client's rows as (kept, held out): a tenth of all is drawn, leaving each client one."""
+    owner = np.repeat(np.arange(len(parts)), [len(indices) for indices in parts])
+    wanted = max(1, len(owner) // 10)
+    left = [len(indices) for indices in parts]
+    out = np.zeros(len(owner), dtype=np.bool_)
+    for row in np.random.default_rng([key, 1]).permutation(len(owner)):
+        if wanted and left[owner[row]] > 1:
+            out[row] = True
+            left[owner[row]] -= 1
+            wanted -= 1
+    flags = np.split(out, np.cumsum([len(indices) for indices in parts])[:-1])
+    return [(indices[~flag], indices[flag]) for indices, flag in zip(parts, flags, strict=True)]
+
+
+def _by_client(rows: Rows, names: list[str], group_column: str | None) -> list[tuple[int, Rows]]:
+    """Evaluation rows as (client position or -1, its rows), in the order of the positions."""
+    if group_column is None or any(group_column not in row for row in rows):
+        return [(-1, rows)]
+    positions = {name: n for n, name in enumerate(names)}
+    shares: dict[int, Rows] = {}
+    for row in rows:
+        shares.setdefault(positions.get(row[group_column], -1), []).append(row)
+    return sorted(shares.items(), key=lambda share: share[0])
+
+
+def _encode_evaluation(
+    task: Task, tokenizer: Tokenizer, shares: list[tuple[int, Rows]], classes: list[str]
+) -> tuple[Examples, list[int]]:
+    """The evaluation's examples, and the client position of each."""
+    _refuse_empty_evaluation(sum(len(rows) for _, rows in shares))
+    if isinstance(task, CausalLM):  # blocks do not run from one client into the next
+        encoded = [task.encode(rows, tokenizer, classes) for _, rows in shares]
+        tensors = {
+            name: torch.cat([examples.tensors[name] for examples in encoded])
+            for name in encoded[0].tensors
+        }
+        sizes = [len(examples) for examples in encoded]
+        _refuse_empty_evaluation(sum(sizes))
+    else:
+        tensors = task.encode(
+            [row for _, rows in shares for row in rows], tokenizer, classes
+        ).tensors
+        sizes = [len(rows) for _, rows in shares]
+    groups = [
+        position for (position, _), size in zip(shares, sizes, strict=True) for _ in range(size)
+    ]
+    return Examples(tensors), groups
+
+
+def _not_empty(name: str, examples: Examples | None) -> Examples:
+    if not examples:
+        raise ValueError(
+            f"client {name!r} has nothing left to train on; ask for fewer clients or give more "
+            "data (with --eval-data nothing is held out)"
+        )
+    return examples
+
+
+def _refuse_empty_evaluation(count: int) -> None:
+    if not count:
+        raise ValueError("nothing is left to evaluate on; give more data, or give --eval-data")

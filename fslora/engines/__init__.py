@@ -1,0 +1,5 @@
+"""How the clients of a round are run; every engine gives the same updates for the same tasks."""
+
+from fslora.engines.sequential import sequential
+
+__all__ = ["sequential"]

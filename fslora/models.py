@@ -1,0 +1,160 @@
+"""Loading a base model with its tokenizer, and putting the global adapter on it."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.utils import logging as transformers_logging
+
+import fslora_kernels
+from fslora.client import heads
+from fslora.config import SimulateConfig
+from fslora.protocol import Adapters, Extras, LoRAWeights
+from fslora.seeds import fold_in
+
+# A model that lies in this package, by the name it is asked for.
+BUILT_IN = {"docs-base": "assets/base"}
+
+
+def model_path(model: str) -> str:
+    """Return the folder of a built-in model or a local path as it is; anything else is a hub id.
+
+    Raises:
+        FileNotFoundError: it is written like a path and there is nothing.
+    """
+    if model in BUILT_IN:
+        return str(files("fslora") / BUILT_IN[model])
+    if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise FileNotFoundError(
+            f"there is no model folder {model}; give a folder with config.json, or a hub id "
+            "such as org/name"
+        )
+    return model
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device that is asked for; "auto" takes a GPU where there is one.
+
+    Raises:
+        ValueError: unknown name, or a GPU where there is none.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; use cpu, cuda, cuda:0 … or auto") from None
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no GPU here; use --device cpu")
+    return wanted
+
+
+def load_tokenizer(config: SimulateConfig) -> Any:  # noqa: ANN401
+    """Load the model's tokenizer.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model_path(config.model))
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise _unloadable("tokenizer", config.model, error) from error
+
+
+def load_model(config: SimulateConfig, labels: list[str], pad_token_id: int) -> PeftModel:
+    """Load the base model, freeze it, put a fresh rank-R adapter on it, and fuse it.
+
+    Args:
+        config: which model, dtype, device, adapter.
+        labels: class names (classification).
+        pad_token_id: told to classifiers, which look for the last token that is none.
+
+    Returns:
+        The fused PEFT model in its device; heads are trained whole.
+
+    Raises:
+        ValueError: it cannot be loaded, or the target modules are not in it.
+        NotImplementedError: the implementation cannot run on the device.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    classifying = config.task == "classification"
+    auto = AutoModelForSequenceClassification if classifying else AutoModelForCausalLM
+    path = model_path(config.model)
+    settings: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    if classifying:
+        settings |= {"num_labels": len(labels), "pad_token_id": pad_token_id}
+        settings |= {"id2label": dict(enumerate(labels))}
+    with torch.random.fork_rng():
+        torch.manual_seed(fold_in(config.seed, "initial weights"))
+        try:
+            base_config = AutoConfig.from_pretrained(path)
+            if config.layers:
+                settings["num_hidden_layers"] = min(config.layers, base_config.num_hidden_layers)
+            base = auto.from_pretrained(path, **settings)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _unloadable("model", config.model, error) from error
+        model = _with_adapter(base, config, TaskType.SEQ_CLS if classifying else None)
+    model.to(resolve_device(config.device))
+    fslora_kernels.fuse(model, config.implementation)
+    return model
+
+
+def _with_adapter(base: nn.Module, config: SimulateConfig, task_type: TaskType | None) -> PeftModel:
+    targets = config.column_names("target_modules")
+    adapter = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        use_rslora=config.rslora,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        task_type=task_type,
+    )
+    try:
+        return get_peft_model(base, adapter)
+    except ValueError as error:
+        linear = {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if type(m) is nn.Linear}
+        raise ValueError(
+            f"--target-modules {config.target_modules}: {str(error).splitlines()[0]} "
+            f"Its linear layers are named {', '.join(sorted(linear))}; or use all-linear"
+        ) from None
+
+
+def _unloadable(what: str, model: str, error: Exception) -> ValueError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ValueError(
+        f"cannot load the {what} {model!r}: {first} "
+        "Give a folder that save_pretrained wrote, or a hub id that this machine can reach"
+    )
+
+
+def take_state(model: PeftModel) -> tuple[Adapters, Extras]:
+    """Copy the model's own adapter and heads out, on the CPU."""
+    every_rank = dict.fromkeys(fslora_kernels.modules(model))
+    adapters = {
+        name: LoRAWeights(*(tensor.detach().cpu() for tensor in pair))
+        for name, pair in fslora_kernels.extract(model, every_rank).items()
+    }
+    return adapters, {n: p.detach().cpu().clone() for n, p in heads(model).items()}
+
+
+def put_state(model: PeftModel, adapters: Adapters, extras: Extras) -> None:
+    """Write an adapter and heads into the model, in place."""
+    fslora_kernels.scatter(model, adapters, dict.fromkeys(adapters))
+    own = heads(model)
+    with torch.no_grad():
+        for name, tensor in extras.items():
+            own[name].copy_(tensor)

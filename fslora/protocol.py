@@ -1,0 +1,188 @@
+"""What travels between server, engine and client, and the three shapes that code plugs into.
+
+Everything here is frozen data; a strategy is three pure functions over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+from fslora_kernels import Adapters, LoRAWeights, check_index
+
+__all__ = [
+    "Adapters",
+    "ClientFn",
+    "ClientTask",
+    "ClientUpdate",
+    "Engine",
+    "Extras",
+    "LoRAWeights",
+    "LocalRule",
+    "ServerState",
+    "Sketch",
+    "Strategy",
+]
+
+Extras = dict[str, Tensor]
+"""What is trained beside the adapters, whole: classification heads, by parameter name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """Which ranks of one module a client works on; A and B share it.
+
+    Attributes:
+        index: int64 ``[S]``, ascending; None means every rank.
+        rank: R, the rank of the global adapter.
+    """
+
+    index: Tensor | None
+    rank: int
+
+    def __post_init__(self) -> None:
+        """Refuse an index set that does not fit the rank."""
+        if self.index is not None:
+            check_index(self.index, self.rank)
+
+    @property
+    def size(self) -> int:
+        """S, how many ranks are used."""
+        return self.rank if self.index is None else int(self.index.shape[0])
+
+    @property
+    def correction(self) -> float:
+        """R / S, which makes the sketched adapter right on average."""
+        return self.rank / self.size
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRule:
+    """What a strategy asks of a client's local training.
+
+    Attributes:
+        optimizer: "adamw" or "sgd".
+        lr: learning rate.
+        steps: H, optimizer steps in one round.
+        batch_size: examples in one batch.
+        accumulation: batches in one optimizer step.
+        clip_norm: the gradient's norm is clipped to this; 0 does not clip.
+        weight_decay: decoupled for AdamW.
+        momentum: of SGD.
+    """
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    steps: int = 10
+    batch_size: int = 8
+    accumulation: int = 1
+    clip_norm: float = 0.0
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot train."""
+        for name in ("steps", "batch_size", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        for name in ("clip_norm", "weight_decay", "momentum"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTask:
+    """What one client is asked to do in one round; the server keeps it until the answer is in.
+
+    Attributes:
+        round: counted from 1.
+        client_id: who.
+        adapters: module name to the client's compact factors ``[S, D]`` and ``[S, E]``.
+        extras: heads, whole.
+        sketches: module name to the ranks that the factors are; the server's own copy is what
+            an answer is applied by.
+        local: how to train.
+        key: of the client's batches and of what its model draws.
+        nonce: echoed by the answer.
+    """
+
+    round: int
+    client_id: str
+    adapters: Adapters
+    extras: Extras
+    sketches: dict[str, Sketch]
+    local: LocalRule
+    key: int
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientUpdate:
+    """What a client answers: its change, in the shapes that it was given.
+
+    Attributes:
+        round: of the task.
+        client_id: of the task.
+        nonce: of the task.
+        delta: module name to trained minus received factors.
+        extras: trained minus received heads.
+        num_examples: distinct examples that the client has.
+        metrics: "loss", the mean training loss; more where a client reports more.
+    """
+
+    round: int
+    client_id: str
+    nonce: int
+    delta: Adapters
+    extras: Extras
+    num_examples: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """All that a server needs to go on.
+
+    Attributes:
+        round: rounds finished.
+        adapters: module name to the global factors ``[R, D]`` and ``[R, E]``.
+        extras: heads.
+        optimizer: the server optimizer's tensors.
+        key: the run's seed.
+    """
+
+    round: int
+    adapters: Adapters
+    extras: Extras
+    key: int
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Strategy(NamedTuple):
+    """A federated algorithm as three pure functions.
+
+    Attributes:
+        init: adapters, heads and seed to the first state.
+        assign: a state and the cohort's ids to one task each.
+        aggregate: a state, its tasks, and the accepted updates in task order, to the next state.
+    """
+
+    init: Callable[[Adapters, Extras, int], ServerState]
+    assign: Callable[[ServerState, Sequence[str]], list[ClientTask]]
+    aggregate: Callable[[ServerState, Sequence[ClientTask], Iterable[ClientUpdate]], ServerState]
+
+
+ClientFn = Callable[[ClientTask], ClientUpdate]
+
+
+class Engine(Protocol):
+    """Runs clients; updates may come back in any order."""
+
+    def __call__(self, client: ClientFn, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate]:
+        """Yield one update for each task."""
+        ...

@@ -1,0 +1,52 @@
+"""Every random draw comes from an explicit key: same seed, same bits, whatever order things run in.
+
+The generators are our own and documented, so that another implementation can draw the same
+index sets from the same keys.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+_INCREMENT = np.uint64(0x9E3779B97F4A7C15)
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND = np.uint64(0x94D049BB133111EB)
+
+
+def fold_in(key: int, *path: int | str) -> int:
+    """Derive a key: the first 8 bytes, little-endian, of BLAKE2b over the decimal key and path.
+
+    Args:
+        key: a seed or another key.
+        path: what the key is for, such as ``(round, client, module)``; joined by NUL characters,
+            whole numbers in decimal with a leading ``#`` so that 1 and "1" differ.
+
+    Returns:
+        A key in [0, 2⁶³), as torch's and NumPy's generators take it.
+    """
+    parts = [str(key), *(f"#{item}" if isinstance(item, int) else item for item in path)]
+    digest = blake2b("\0".join(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def splitmix64(keys: NDArray[np.uint64], count: int) -> NDArray[np.uint64]:
+    """Return the first ``count`` outputs of SplitMix64 for each key.
+
+    Args:
+        keys: ``[n]`` initial states.
+        count: outputs per key.
+
+    Returns:
+        ``[n, count]``.
+
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    """
+    steps = np.arange(1, count + 1, dtype=np.uint64) * _INCREMENT
+    state = keys[:, None] + steps
+    state = (state ^ (state >> np.uint64(30))) * _FIRST
+    state = (state ^ (state >> np.uint64(27))) * _SECOND
+    mixed: NDArray[np.uint64] = state ^ (state >> np.uint64(31))
+    return mixed

@@ -1,0 +1,308 @@
+"""One simulated run from its config: load, train round by round, keep everything, sum up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from fslora import checkpoint, evaluation
+from fslora.client import LocalTrainer, payload_bytes
+from fslora.config import SimulateConfig, continued, merged, read_settings
+from fslora.data.causal_lm import CausalLM
+from fslora.data.classification import Classification
+from fslora.data.federated import FederatedData, load_federated
+from fslora.data.instruction import Instruction
+from fslora.data.rows import read_rows
+from fslora.data.tasks import Task, pad_id
+from fslora.engines import sequential
+from fslora.models import load_model, load_tokenizer, put_state, take_state
+from fslora.protocol import LocalRule, ServerState, Strategy
+from fslora.seeds import fold_in
+from fslora.server import ClientRecord, RoundRecord, rounds
+from fslora.sketch import sketch_size
+from fslora.strategies import STRATEGIES
+
+
+@dataclass(frozen=True, slots=True)
+class Watcher:
+    """What wants to know how a run goes.
+
+    Attributes:
+        on_start: called once, with the rounds already done.
+        on_client: called after each client.
+        on_round: called after each round, with its record.
+    """
+
+    on_start: Callable[[int], None] = lambda _: None
+    on_client: Callable[[ClientRecord], None] = lambda _: None
+    on_round: Callable[[RoundRecord], None] = lambda _: None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything of a run that does not change from round to round.
+
+    Attributes:
+        config: its settings.
+        folder: where it is kept.
+        model: fused.
+        data: its evaluation already limited to ``eval_examples``.
+        task: the loss and the metric.
+        strategy: the federated algorithm.
+        ratio_of: client position to sketch ratio.
+    """
+
+    config: SimulateConfig
+    folder: Path
+    model: PeftModel
+    data: FederatedData
+    task: Task
+    strategy: Strategy
+    ratio_of: dict[int, float]
+
+
+def make_task(config: SimulateConfig) -> Task:
+    """Build the task that a config names."""
+    if config.task == "causal-lm":
+        return CausalLM(config.column_names("text_column"), config.max_length)
+    if config.task == "classification":
+        return Classification(
+            config.column_names("text_column"),
+            config.label_column,
+            config.max_length,
+            config.metric,
+        )
+    return Instruction(
+        config.column_names("prompt_columns"), config.response_column, config.max_length
+    )
+
+
+def deal_ratios(config: SimulateConfig, clients: int) -> dict[int, float]:
+    """Deal clients to the capacity classes evenly, in an order drawn from the seed.
+
+    Returns:
+        Client position to the ratio S/R that its whole number of ranks really is.
+    """
+    order = np.random.default_rng(fold_in(config.seed, "ratios")).permutation(clients)
+    ratios = [sketch_size(config.rank, ratio) / config.rank for ratio in config.ratio_values]
+    return {int(client): ratios[place % len(ratios)] for place, client in enumerate(order)}
+
+
+def prepare(config: SimulateConfig) -> Run:
+    """Load data and model.
+
+    Raises:
+        ValueError: anything about the config, the data or the model that cannot work.
+        FileNotFoundError: a file that is not there.
+        NotImplementedError: the implementation cannot run on the device.
+    """
+    task = make_task(config)
+    rows = read_rows(config.data, reader=config.reader, header=config.header)
+    evaluation_rows = None
+    if config.eval_data:
+        evaluation_rows = read_rows(
+            config.eval_data, reader=config.reader, header=config.header, split="test"
+        )
+    tokenizer = load_tokenizer(config)
+    data = load_federated(
+        rows,
+        task,
+        tokenizer,
+        scheme=config.partition,
+        clients=config.clients,
+        key=fold_in(config.seed, "partition"),
+        evaluation_rows=evaluation_rows,
+        label_column=config.label_column,
+    )
+    examples, groups = evaluation.evenly(
+        data.evaluation, data.evaluation_groups, config.eval_examples
+    )
+    data = replace(data, evaluation=examples, evaluation_groups=groups)
+    model = load_model(config, data.labels, pad_id(tokenizer))
+    ratio_of = deal_ratios(config, len(data.names))
+    strategy = STRATEGIES[config.strategy](
+        {data.names[client]: ratio for client, ratio in ratio_of.items()},
+        LocalRule(
+            optimizer=config.optimizer,
+            lr=config.lr,
+            steps=config.local_steps,
+            batch_size=config.batch_size,
+            accumulation=config.accumulation,
+            clip_norm=config.clip_norm,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+        ),
+        server_optimizer=config.server_opt,
+        server_lr=config.server_lr,
+    )
+    return Run(config, Path(config.out), model, data, task, strategy, ratio_of)
+
+
+def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str, Any]:
+    """Run a simulation, or continue one, and return what ``summary.json`` holds.
+
+    Args:
+        config: the run.
+        watcher: told how it goes.
+
+    Raises:
+        ValueError: the config, data, model or run folder cannot work; names the remedy.
+        FileNotFoundError: a file that is not there.
+        NotImplementedError: the implementation cannot run on the device.
+        NoUsableUpdateError: no client of a round could be used; the rounds before are kept.
+    """
+    watcher = watcher or Watcher()
+    config = checked_folder(config)
+    run = prepare(config)
+    start = perf_counter()
+    with checkpoint.explained_io_errors(run.folder, 0):
+        settings = replace(config, resume=False).to_json()
+        checkpoint.write_json(run.folder / "config.json", settings)
+        state = _first_state(run)
+    watcher.on_start(state.round)
+    steps = rounds(
+        state,
+        run.strategy,
+        sequential,
+        LocalTrainer(run.model, run.task, dict(zip(run.data.names, run.data.clients, strict=True))),
+        run.data.names,
+        per_round=config.per_round,
+        until=config.rounds,
+        on_client=watcher.on_client,
+    )
+    try:
+        for new_state, bare in steps:
+            record = _evaluated(run, new_state, bare)
+            with checkpoint.explained_io_errors(run.folder, state.round):
+                checkpoint.append_record(run.folder, record.to_json())
+                checkpoint.save_state(run.folder, new_state)
+            state = new_state
+            watcher.on_round(record)
+    except BaseException:
+        with suppress(ValueError):  # the error that stopped the run says more
+            _write_adapter(run, state)
+        raise
+    _write_adapter(run, state)
+    summary = summarise(run, checkpoint.read_records(run.folder), perf_counter() - start)
+    with checkpoint.explained_io_errors(run.folder, state.round):
+        checkpoint.write_json(run.folder / "summary.json", summary)
+    return summary
+
+
+def checked_folder(config: SimulateConfig) -> SimulateConfig:
+    """Check that the run folder is free, or that the run in it can be continued as asked.
+
+    Returns:
+        The config to go on with.
+
+    Raises:
+        ValueError: it holds a run and ``resume`` is off, or the other way round, or the settings
+            differ.
+    """
+    settings = Path(config.out) / "config.json"
+    if config.resume:
+        if not settings.is_file():
+            raise ValueError(f"{config.out} holds no run to resume; leave out --resume")
+        saved = SimulateConfig(**merged(None, read_settings(settings), str(settings)))
+        return continued(saved, config)
+    if settings.is_file():
+        raise ValueError(
+            f"{config.out} already holds a run; go on with it by --resume, or choose another --out"
+        )
+    return config
+
+
+def _write_adapter(run: Run, state: ServerState) -> None:
+    """Write the global adapter as a PEFT checkpoint."""
+    put_state(run.model, state.adapters, state.extras)
+    with checkpoint.explained_io_errors(run.folder, state.round):
+        checkpoint.replace_folder(run.folder / "adapter", run.model.save_pretrained)
+
+
+def _first_state(run: Run) -> ServerState:
+    """The state to begin with: from the checkpoint, or fresh and evaluated once."""
+    if run.config.resume and (run.folder / checkpoint.STATE_FILE).is_file():
+        state = checkpoint.load_state(run.folder)
+        checkpoint.cut_records(run.folder, state.round)
+        return state
+    state = run.strategy.init(*take_state(run.model), run.config.seed)
+    checkpoint.cut_records(run.folder, -1)
+    checkpoint.append_record(run.folder, _evaluated(run, state, RoundRecord(round=0)).to_json())
+    checkpoint.save_state(run.folder, state)
+    return state
+
+
+def _evaluated(run: Run, state: ServerState, record: RoundRecord) -> RoundRecord:
+    """Add the evaluation to a round's record, in the rounds where it is due."""
+    first_or_last = state.round in (0, run.config.rounds)
+    if state.round % run.config.eval_every and not first_or_last:
+        return record
+    examples, size = run.data.evaluation, run.config.batch_size * 4
+    whole = evaluation.evaluate(run.model, state, run.task, examples, size)
+    sketched = evaluation.evaluate_sketched(
+        run.model, state, run.task, examples, size, run.config.ratio_values
+    )
+    by_ratio = {}
+    if first_or_last:
+        by_ratio = evaluation.evaluate_by_ratio(
+            run.model, state, run.task, examples, run.data.evaluation_groups, size, run.ratio_of
+        )
+    return replace(
+        record,
+        eval_loss=whole.loss,
+        eval_metric=whole.metric,
+        eval_loss_sketched=sketched,
+        eval_loss_by_ratio=by_ratio,
+    )
+
+
+def summarise(run: Run, records: list[dict[str, Any]], wall_seconds: float) -> dict[str, Any]:
+    """Sum a finished run up: bytes against full-rank FedAvg-LoRA, losses before and after."""
+    adapters, extras = take_state(run.model)
+    full_adapter, head = payload_bytes(adapters, extras)
+    before, after = records[0], records[-1]
+    entries = [entry for record in records for entry in record["clients"]]
+    classes = []
+    for ratio in sorted(set(run.ratio_of.values())):
+        own = [entry for entry in entries if entry["ratio"] == ratio]
+        classes.append(
+            {
+                "ratio": ratio,
+                "sketch_size": sketch_size(run.config.rank, ratio),
+                "clients": sum(value == ratio for value in run.ratio_of.values()),
+                "participations": len(own),
+                "bytes_up": sum(entry["bytes_up"] for entry in own),
+                "bytes_down": sum(entry["bytes_down"] for entry in own),
+                "share_of_full_rank": _share(own, full_adapter + head),
+                "loss_before": before["eval_loss_by_ratio"].get(f"{ratio:g}"),
+                "loss_after": after["eval_loss_by_ratio"].get(f"{ratio:g}"),
+            }
+        )
+    full = (full_adapter + head) * len(entries)
+    return {
+        "classes": classes,
+        **{f"eval_{what}_before": before[f"eval_{what}"] for what in ("loss", "metric")},
+        **{f"eval_{what}_after": after[f"eval_{what}"] for what in ("loss", "metric")},
+        **{way: sum(record[way] for record in records) for way in ("bytes_up", "bytes_down")},
+        "full_rank_bytes_up": full,
+        "full_rank_bytes_down": full,
+        "wall_seconds": wall_seconds,
+        "modules": len(adapters),
+        "parameters": sum(tensor.numel() for pair in adapters.values() for tensor in pair),
+        "implementation": run.config.implementation,
+        "versions": {"torch": torch.__version__},
+    }
+
+
+def _share(entries: list[dict[str, Any]], full_bytes: int) -> float | None:
+    """Bytes of these participations, both ways, over those of full-rank clients."""
+    moved = sum(entry["bytes_up"] + entry["bytes_down"] for entry in entries)
+    return moved / (2 * full_bytes * len(entries)) if entries else None

@@ -1,0 +1,105 @@
+"""Federated Sketching LoRA as its paper states it.
+
+Round t: the server draws for each client i of the cohort and each module an index set Iᵢ of Sᵢ of
+the R ranks, uniformly; A and B of a module share it, and it stays for all H local steps. Client i
+receives only A[Iᵢ] and B[:, Iᵢ], trains them with forward W₀ + (α/R)(R/Sᵢ) B[:, Iᵢ] A[Iᵢ], and
+returns their change Δᵢ. The server scatters and averages over participants,
+
+    X ← X + (1/N) Σᵢ Δᵢ,    X = (B, A),
+
+not over those who trained a rank. Sᵢ = R for all is FedAvg-LoRA.
+
+Bytes of one client and round, each way: Σ over modules of Sᵢ (D + E) · itemsize, plus heads whole.
+
+Source: arXiv 2501.19389, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from fslora.aggregation import ServerOptimizer, gather, mean_update, server_step
+from fslora.protocol import (
+    Adapters,
+    ClientTask,
+    ClientUpdate,
+    Extras,
+    LocalRule,
+    ServerState,
+    Strategy,
+)
+from fslora.seeds import fold_in
+from fslora.sketch import draw_sketches, sketch_size
+
+
+def fslora(
+    ratios: Mapping[str, float],
+    local: LocalRule,
+    *,
+    server_optimizer: ServerOptimizer = "fedavg",
+    server_lr: float = 1.0,
+) -> Strategy:
+    """Build the strategy.
+
+    Args:
+        ratios: client id to its sketch ratio S/R in (0, 1].
+        local: how clients train.
+        server_optimizer: "fedavg" (the paper's averaging at ``server_lr`` 1) or "fedadam".
+        server_lr: the server's learning rate.
+
+    Returns:
+        ``init``, ``assign`` and ``aggregate``.
+
+    Raises:
+        ValueError: a ratio is not in (0, 1].
+    """
+    for ratio in ratios.values():
+        sketch_size(1, ratio)
+
+    def init(adapters: Adapters, extras: Extras, seed: int) -> ServerState:
+        return ServerState(round=0, adapters=adapters, extras=extras, key=seed)
+
+    def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
+        number, modules = state.round + 1, list(state.adapters)
+        rank = state.adapters[modules[0]].rank
+        tasks = []
+        for client_id in cohort:
+            key = fold_in(state.key, number, client_id)
+            size = sketch_size(rank, ratios[client_id])
+            sketches = draw_sketches(key, modules, rank, size)
+            tasks.append(
+                ClientTask(
+                    round=number,
+                    client_id=client_id,
+                    adapters=gather(state.adapters, sketches),
+                    extras={name: tensor.clone() for name, tensor in state.extras.items()},
+                    sketches=sketches,
+                    local=local,
+                    key=fold_in(key, "local"),
+                    nonce=fold_in(key, "nonce"),
+                )
+            )
+        return tasks
+
+    def aggregate(
+        state: ServerState, tasks: Sequence[ClientTask], updates: Iterable[ClientUpdate]
+    ) -> ServerState:
+        adapters, extras, _ = mean_update(state.adapters, state.extras, tasks, updates)
+        new_adapters, new_extras, memory = server_step(
+            server_optimizer,
+            server_lr,
+            state.adapters,
+            state.extras,
+            (adapters, extras),
+            state.optimizer,
+        )
+        return replace(
+            state,
+            round=state.round + 1,
+            adapters=new_adapters,
+            extras=new_extras,
+            optimizer=memory,
+        )
+
+    return Strategy(init, assign, aggregate)

@@ -1,0 +1,205 @@
+"""How the Triton kernels are cut, and every compilation that a launch of them can ask for.
+
+The tiles were chosen ahead of time, by compiling: the first in a short list of candidates, largest
+first, of which no variant spills a register. None was timed. Those of sm_80 keep to the 101,376
+bytes of shared memory of its smaller siblings (8.6, 8.9), which use them too.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fslora_kernels._tiles import apply_kernel, reduce_kernel, wgrad_kernel
+from fslora_kernels.aot import Variant
+
+PADDED_RANKS = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How one program of a kernel is cut.
+
+    Attributes:
+        tokens: rows of a tile (of ``reduce``: ranks).
+        features: columns of a tile.
+        warps: of one program.
+        stages: of the load pipeline.
+        features_first: ``wgrad`` puts the features, not the ranks, on the rows of its product.
+    """
+
+    tokens: int
+    features: int
+    warps: int = 4
+    stages: int = 3
+    features_first: bool = False
+
+
+def _by_ranks(*tiles: Tiles) -> dict[int, Tiles]:
+    return dict(zip(PADDED_RANKS, tiles, strict=True))
+
+
+# (kernel, target, arithmetic) → padded ranks → tiles. A measured table may replace entries.
+TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
+    ("apply", "interpreter", "ieee"): _by_ranks(*[Tiles(32, 32)] * 4),
+    ("wgrad", "interpreter", "ieee"): _by_ranks(
+        *[Tiles(32, 32), Tiles(32, 32, features_first=True)] * 2
+    ),
+}
+REDUCE = Tiles(16, 128)
+
+
+def apply_constants(
+    tiles: Tiles,
+    padded: int,
+    arithmetic: str,
+    *,
+    has_index: bool,
+    has_bias: bool,
+    has_gain_tensor: bool,
+    u_rows: bool,
+    v_rows: bool,
+    expand: bool,
+) -> dict[str, Any]:
+    """Return the compile-time arguments of ``apply_kernel``."""
+    return {
+        "T": tiles.tokens,
+        "F": tiles.features,
+        "P": padded,
+        "HAS_INDEX": has_index,
+        "HAS_BIAS": has_bias,
+        "HAS_GAIN_TENSOR": has_gain_tensor,
+        "U_ROWS": u_rows,
+        "V_ROWS": v_rows,
+        "EXPAND": expand,
+        "PRECISION": "tf32" if arithmetic == "tf32" else "ieee",
+    }
+
+
+def wgrad_constants(tiles: Tiles, padded: int, arithmetic: str) -> dict[str, Any]:
+    """Return the compile-time arguments of ``wgrad_kernel``."""
+    return {
+        "T": tiles.tokens,
+        "F": tiles.features,
+        "P": padded,
+        "FEATURES_FIRST": tiles.features_first,
+        "PRECISION": "tf32" if arithmetic == "tf32" else "ieee",
+    }
+
+
+def reduce_constants(*, has_index: bool) -> dict[str, Any]:
+    """Return the compile-time arguments of ``reduce_kernel``."""
+    return {"S": REDUCE.tokens, "F": REDUCE.features, "HAS_INDEX": has_index}
+
+
+_APPLY_COUNTS = (
+    "tokens ranks features_in features_out x_row u_row u_column v_row v_column gain_stride"
+)
+_WGRAD_COUNTS = "tokens ranks features x_row tokens_per_split"
+_REDUCE_COUNTS = "ranks features splits out_row out_column"
+_ALIGNED_POINTERS = ("x", "u", "v", "h", "y", "p", "partial", "out")
+_ALIGNED = frozenset(_ALIGNED_POINTERS) | {"features", "features_in", "features_out", "x_row"}
+# Contiguous rows in u, in v; whether there is a v; whether there is a bias.
+_LAYOUTS = (
+    (True, True, True, False),
+    (True, True, True, True),
+    (True, False, True, False),
+    (True, False, True, True),
+    (False, True, True, False),
+    (True, False, False, False),
+    (False, False, False, False),
+)
+
+
+def variants(target: str) -> Iterator[Variant]:
+    """Yield every compilation that a launch on a target can ask for.
+
+    On AMD a launch whose activations lie in storages of 2 GiB or more asks for another compilation
+    than one whose activations are smaller; both are yielded, mixtures are not.
+    """
+    amd = not target.startswith("sm_")
+    sizes: tuple[frozenset[str], ...] = (frozenset(),)
+    if amd:
+        sizes += (frozenset("xy"),)
+    for large, padded in itertools.product(sizes, PADDED_RANKS):
+        for x, arithmetic in (
+            ("fp16", "half"),
+            ("bf16", "half"),
+            ("fp32", "ieee"),
+            ("fp32", "tf32"),
+        ):
+            if amd and arithmetic == "tf32":
+                continue
+            for factor in dict.fromkeys((x, "fp32")):
+                yield from _apply_variants(target, x, factor, arithmetic, padded, large)
+            yield _wgrad_variant(target, x, arithmetic, padded, large)
+    for out, has_index in itertools.product(("fp16", "bf16", "fp32"), (False, True)):
+        pointers = {"partial": "*fp32", "out": f"*{out}"}
+        if has_index:
+            pointers["index"] = "*i64"
+        constants = reduce_constants(has_index=has_index)
+        yield _variant(reduce_kernel, out, pointers, _REDUCE_COUNTS, constants, REDUCE)
+
+
+def _apply_variants(
+    target: str, x: str, factor: str, arithmetic: str, padded: int, large: frozenset[str]
+) -> Iterator[Variant]:
+    tiles = TILES["apply", target, arithmetic][padded]
+    label = f"{x} {arithmetic}" if x == factor else f"{x}/{factor} {arithmetic}"
+    for (u_rows, v_rows, expand, has_bias), has_index, gain in itertools.product(
+        _LAYOUTS, (False, True), ("fp32", "*fp32")
+    ):
+        pointers = {"x": f"*{x}", "u": f"*{factor}", "gain": gain, "h": f"*{x}"}
+        if expand:
+            pointers |= {"v": f"*{factor}", "y": f"*{x}"}
+        if has_index:
+            pointers["index"] = "*i64"
+        if has_bias:
+            pointers["bias"] = f"*{x}"
+        constants = apply_constants(
+            tiles,
+            padded,
+            arithmetic,
+            has_index=has_index,
+            has_bias=has_bias,
+            has_gain_tensor=gain == "*fp32",
+            u_rows=u_rows,
+            v_rows=v_rows,
+            expand=expand,
+        )
+        yield _variant(apply_kernel, label, pointers, _APPLY_COUNTS, constants, tiles, large)
+
+
+def _wgrad_variant(
+    target: str, x: str, arithmetic: str, padded: int, large: frozenset[str]
+) -> Variant:
+    tiles = TILES["wgrad", target, arithmetic][padded]
+    pointers = {"p": f"*{x}", "x": f"*{x}", "partial": "*fp32"}
+    constants = wgrad_constants(tiles, padded, arithmetic)
+    label = f"{x} {arithmetic}"
+    return _variant(wgrad_kernel, label, pointers, _WGRAD_COUNTS, constants, tiles, large)
+
+
+def _variant(
+    function: Any,  # noqa: ANN401
+    dtype: str,
+    pointers: dict[str, str],
+    counts: str,
+    constants: dict[str, Any],
+    tiles: Tiles,
+    large: frozenset[str] = frozenset(),
+) -> Variant:
+    signature = pointers | dict.fromkeys(counts.split(), "i32")
+    addresses = frozenset(name for name, kind in signature.items() if kind.startswith("*"))
+    return Variant(
+        function,
+        dtype,
+        signature,
+        constants,
+        aligned=_ALIGNED & signature.keys(),
+        within_2gb=addresses - large,
+        warps=tiles.warps,
+        stages=tiles.stages,
+    )

@@ -1,0 +1,149 @@
+import subprocess
+import sys
+
+import pytest
+
+from fslora.__main__ import main
+from fslora.config import SimulateConfig, merged, read_settings
+from fslora.presets import PRESETS
+
+
+def flags(settings, **changes):
+    return [f"--{k.replace('_', '-')}={v}" for k, v in {**settings, **changes}.items()]
+
+
+def test_help_teaches(capsys):
+    assert main(["--help"]) == 0
+    assert "simulate" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["simulate", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for flag in SimulateConfig.__dataclass_fields__:
+        assert "--" + flag.replace("_", "-") in text
+    assert "--preset" in text
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from fslora.__main__ import main\n"
+        "try: main(['simulate', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'peft', 'matplotlib', 'triton'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_whole_run_prints_a_table_and_its_report(settings, capsys):
+    assert main(["simulate", *flags(settings)]) == 0
+    out = capsys.readouterr().out
+    assert "of full rank" in out
+    assert "12.5%" in out
+    assert "report.html" in out.replace("\n", "")
+
+
+BAD = {
+    "--model": ({"model": ""}, "name a model"),
+    "module": ({"target_modules": "q_porj"}, "q_porj"),
+    "ratio 0": ({"ratios": "0"}, "(0, 1]"),
+    "ratio 2": ({"ratios": "1/2,2"}, "(0, 1]"),
+    "ratio word": ({"ratios": "half"}, "not a list of numbers"),
+    "per round": ({"per_round": 7}, "more clients a round"),
+    "file": ({"data": "nothing.jsonl"}, "nothing.jsonl"),
+    "model path": ({"model": "./nothing"}, "no model folder"),
+    "column": ({"text_column": "words"}, "no column"),
+    "natural": ({"partition": "natural:writer"}, "writer"),
+    "clients": ({"clients": 9}, "9"),
+    "scheme": ({"partition": "random"}, "iid"),
+    "device": ({"device": "gpu"}, "unknown device"),
+    "triton": ({"implementation": "triton"}, "need a GPU"),
+    "length": ({"max_length": 1}, "--max-length"),
+    "eval data": ({"eval_data": "nothing.tsv"}, "nothing.tsv"),
+    "resume": ({"resume": True}, "no run to resume"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_message(settings, name, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    changes, message = BAD[name]
+    given = [f for f in flags(settings, **changes) if f != "--resume=True"]
+    if changes.get("resume"):
+        given.append("--resume")
+    try:
+        code = main(["simulate", *given])
+    except SystemExit as stop:
+        code = stop.code
+    assert code not in (0, None)
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    words = " ".join(error.replace("│", " ").split())
+    assert message in words, words
+
+
+def test_a_full_disk_is_one_clear_message_and_keeps_the_last_checkpoint(settings, capsys):
+    import resource
+
+    from fslora import checkpoint
+
+    assert main(["simulate", *flags(settings, rounds=1)]) == 0
+    out = checkpoint.Path(settings["out"])
+    before = (out / checkpoint.STATE_FILE).read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limit[1]))
+        code = main(["simulate", *flags(settings, rounds=3), "--resume"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert code == 2
+    assert "the checkpoint of round 1 is intact" in " ".join(capsys.readouterr().err.split())
+    assert (out / checkpoint.STATE_FILE).read_bytes() == before
+    assert main(["simulate", f"--out={out}", "--rounds=3", "--resume"]) == 0
+    assert len(checkpoint.read_records(out)) == 4
+
+
+def test_settings_from_a_file_are_overridden_by_flags(settings, tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    lines = [f"{k} = {v!r}" for k, v in settings.items() if k not in ("ratios", "rounds")]
+    path.write_text("\n".join([*lines, "ratios = [0.5, 1]", "local-steps = 1"]).replace("'", '"'))
+    assert main(["simulate", "--config", str(path), "--rounds", "1"]) == 0
+    saved = read_settings(tmp_path / "run/config.json")
+    assert saved["ratios"] == [0.5, 1.0]
+    assert (saved["local_steps"], saved["rounds"]) == (1, 1)
+    restored = SimulateConfig(**merged(None, saved, "config.json"))
+    assert restored.to_json() == saved
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("rnak = 3", "unknown setting"), ("rank = '3'", "not of type"), ("rank =", "not valid TOML")],
+)
+def test_a_bad_settings_file_is_named(tmp_path, line, message, capsys):
+    path = tmp_path / "run.toml"
+    path.write_text(line)
+    assert main(["simulate", "--config", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_commands_that_do_not_exist_are_named(capsys):
+    assert main(["train"]) == 2
+    assert "no command 'train'" in capsys.readouterr().err
+
+
+def test_doctor_says_what_runs_and_why_not(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["doctor"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "torch" in out
+    assert "GPU" in out
+
+
+def test_presets_are_valid_configs():
+    for preset in PRESETS.values():
+        config = preset()
+        restored = SimulateConfig(**merged(None, config.to_json(), "preset"))
+        assert restored.to_json() == config.to_json()

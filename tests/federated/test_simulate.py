@@ -1,0 +1,217 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fslora import checkpoint
+from fslora.config import SimulateConfig
+from fslora.server import NoUsableUpdateError
+from fslora.simulate import Watcher, prepare, simulate
+
+
+def records(folder):
+    """The run's records without what a clock measured."""
+    rows = checkpoint.read_records(Path(folder))
+    return [{k: v for k, v in row.items() if k != "wall_seconds"} for row in rows]
+
+
+def outcome(folder):
+    state = checkpoint.load_state(Path(folder))
+    tensors = [t for name in sorted(state.adapters) for t in state.adapters[name]]
+    tensors += [t for _, t in sorted(state.extras.items()) + sorted(state.optimizer.items())]
+    return records(folder), b"".join(t.numpy().tobytes() for t in tensors)
+
+
+def test_a_run_leaves_what_the_readme_says(settings):
+    config = SimulateConfig(**settings)
+    seen = []
+    summary = simulate(config, Watcher(on_round=lambda record: seen.append(record.round)))
+    folder = Path(config.out)
+    assert sorted(os.listdir(folder)) == [
+        "adapter",
+        "checkpoint",
+        "config.json",
+        "rounds.jsonl",
+        "summary.json",
+    ]
+    assert seen == [1, 2]
+    rows = records(folder)
+    assert [row["round"] for row in rows] == [0, 1, 2]
+    assert rows[0]["clients"] == []
+    for row in rows[1:]:
+        assert {"round", "train_loss", "eval_loss", "eval_metric", "eval_loss_sketched"} <= set(row)
+        assert len(row["clients"]) == 3
+        assert {"id", "ratio", "bytes_up", "bytes_down", "examples", "loss"} <= set(
+            row["clients"][0]
+        )
+        assert row["bytes_up"] == row["bytes_down"] == sum(c["bytes_up"] for c in row["clients"])
+    assert rows[2]["eval_loss"] < rows[0]["eval_loss"], "it learns"
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert sum(row["clients"] for row in summary["classes"]) == 6
+    for row in summary["classes"]:
+        if row["participations"]:
+            assert row["share_of_full_rank"] == row["ratio"]
+    assert summary["bytes_up"] == sum(row["bytes_up"] for row in summary["classes"])
+
+
+def test_the_adapter_is_the_global_state_in_peft_format(settings):
+    config = SimulateConfig(**settings)
+    simulate(config)
+    state = checkpoint.load_state(Path(config.out))
+    base = AutoModelForCausalLM.from_pretrained(config.model)
+    loaded = PeftModel.from_pretrained(base, Path(config.out) / "adapter")
+    weights = dict(loaded.named_parameters())
+    for name, pair in state.adapters.items():
+        assert torch.equal(weights[f"{name}.lora_A.default.weight"], pair.lora_a)
+        assert torch.equal(weights[f"{name}.lora_B.default.weight"], pair.lora_b.t())
+    run = prepare(config)
+    ours = run.task.evaluate(loaded, run.data.evaluation, 4)
+    assert ours.loss == pytest.approx(records(config.out)[-1]["eval_loss"], rel=1e-5)
+
+
+def test_same_seed_same_bits_other_seed_others(settings, tmp_path):
+    outcomes = []
+    for number, seed in enumerate((5, 5, 6)):
+        simulate(SimulateConfig(**{**settings, "seed": seed, "out": str(tmp_path / str(number))}))
+        outcomes.append(outcome(tmp_path / str(number)))
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][1] != outcomes[2][1]
+
+
+@pytest.mark.parametrize("server", ["fedavg", "fedadam"])
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(settings, tmp_path, server):
+    whole = SimulateConfig(**{**settings, "rounds": 3, "server_opt": server, "server_lr": 0.1})
+    simulate(replace(whole, out=str(tmp_path / "whole")))
+
+    class StopError(Exception):
+        pass
+
+    def stop(_):
+        raise StopError
+
+    part = replace(whole, out=str(tmp_path / "part"))
+    with pytest.raises(StopError):
+        simulate(part, Watcher(on_round=stop))
+    checkpoint.append_record(tmp_path / "part", {"round": 2, "half": "written before a crash"})
+    simulate(replace(part, resume=True))
+    assert outcome(tmp_path / "part") == outcome(tmp_path / "whole")
+
+
+def test_kill_9_and_resume_give_the_same_bits(settings, tmp_path):
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items() if k != "out"]
+    flags += ["--rounds=12"]
+    command = [sys.executable, "-m", "fslora", "simulate", *flags]
+    part, whole = tmp_path / "part", tmp_path / "whole"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*command, f"--out={part}"], env=environment, stdout=subprocess.DEVNULL
+    ) as process:
+        for _ in range(1200):
+            if len(checkpoint.read_records(part)) > 3:
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    assert 3 < len(checkpoint.read_records(part)) < 13, "killed in the middle"
+    config = SimulateConfig(**{**settings, "rounds": 12})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        simulate(replace(config, out=str(part), resume=True))
+        simulate(replace(config, out=str(whole)))
+    finally:
+        torch.set_num_threads(threads)
+    assert outcome(part) == outcome(whole)
+
+
+def test_more_rounds_can_be_added(settings, tmp_path):
+    config = SimulateConfig(**settings)
+    simulate(config)
+    simulate(replace(config, rounds=3, resume=True))
+    simulate(replace(config, rounds=3, out=str(tmp_path / "whole")))
+    assert outcome(config.out)[1] == outcome(tmp_path / "whole")[1]
+
+
+def test_a_folder_is_never_overwritten_nor_continued_otherwise(settings):
+    config = SimulateConfig(**settings)
+    with pytest.raises(ValueError, match="no run to resume"):
+        simulate(replace(config, resume=True))
+    simulate(config)
+    before = outcome(config.out)
+    with pytest.raises(ValueError, match="already holds a run"):
+        simulate(config)
+    with pytest.raises(ValueError, match=r"--lr 0.5 \(was 0.01\)"):
+        simulate(replace(config, resume=True, lr=0.5))
+    assert outcome(config.out) == before
+
+
+def test_a_hopeless_round_stops_the_run_and_keeps_what_was_done(settings):
+    config = SimulateConfig(**{**settings, "rounds": 3})
+    calls = []
+
+    def fail_later(record):
+        calls.append(record)
+        if len(calls) == 1:
+            poison["on"] = True
+
+    poison = {"on": False}
+    original = torch.isfinite
+    try:
+        torch.isfinite = lambda t: original(t) & (not poison["on"])
+        with pytest.raises(NoUsableUpdateError, match="round 2: no client's update"):
+            simulate(config, Watcher(on_round=fail_later))
+    finally:
+        torch.isfinite = original
+    assert [row["round"] for row in records(config.out)] == [0, 1]
+    assert (Path(config.out) / "adapter/adapter_model.safetensors").is_file()
+    simulate(replace(config, resume=True))
+    assert [row["round"] for row in records(config.out)] == [0, 1, 2, 3]
+
+
+def test_classification_trains_and_ships_the_head(settings, tiny_bert, tmp_path):
+    config = SimulateConfig(
+        **{
+            **settings,
+            "model": str(tiny_bert),
+            "task": "classification",
+            "partition": "dirichlet:0.5",
+            "target_modules": "query,value",
+            "metric": "f1",
+        }
+    )
+    summary = simulate(config)
+    state = checkpoint.load_state(Path(config.out))
+    assert any("classifier" in name for name in state.extras)
+    head = sum(tensor.nbytes for tensor in state.extras.values())
+    last = records(config.out)[-1]
+    assert last["head_bytes_up"] == last["head_bytes_down"] == 3 * head
+    assert last["adapter_bytes_up"] + last["head_bytes_up"] == last["bytes_up"]
+    assert 0 <= summary["eval_metric_after"] <= 1
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
+    loaded = PeftModel.from_pretrained(base, Path(config.out) / "adapter")
+    shipped = {n: p for n, p in loaded.named_parameters() if "modules_to_save" in n}
+    for name, tensor in state.extras.items():
+        assert torch.equal(shipped[name], tensor)
+
+
+def test_instruction_runs(settings, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"instruction": f"{n} plus {n}", "response": str(2 * n)}) + "\n"
+            for n in range(40)
+        )
+    )
+    config = SimulateConfig(
+        **{**settings, "data": str(path), "task": "instruction", "partition": "iid"}
+    )
+    simulate(config)
+    assert records(config.out)[-1]["eval_loss"] < records(config.out)[0]["eval_loss"]
