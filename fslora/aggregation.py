@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fslora.protocol import Adapters, ClientTask, ClientUpdate, Extras, LoRAWeights, Sketch
+from fslora.protocol import (
+    Adapters,
+    ClientTask,
+    ClientUpdate,
+    Extras,
+    LoRAWeights,
+    ServerState,
+    Sketch,
+)
 
 ServerOptimizer = Literal["fedavg", "fedadam"]
 Tensors = dict[str, Tensor]
@@ -55,7 +64,7 @@ def mean_update(
     extras: Extras,
     tasks: Sequence[ClientTask],
     updates: Iterable[ClientUpdate],
-) -> tuple[Adapters, Extras, int]:
+) -> tuple[Adapters, Extras]:
     """Scatter each compact change into its ranks, sum, and divide by the number of participants.
 
     Args:
@@ -65,8 +74,7 @@ def mean_update(
         updates: accepted updates in task order, folded one at a time.
 
     Returns:
-        The mean change of the factors (zero in ranks that nobody trained), of the heads, and the
-        number of participants.
+        The mean change of the factors (zero in ranks that nobody trained) and of the heads.
 
     Source: arXiv 2501.19389, the server update X ← X + (1/N) Σᵢ Δᵢ.
     """
@@ -87,7 +95,7 @@ def mean_update(
             heads[name].add_(change)
     for tensor in [*(t for pair in total.values() for t in pair), *heads.values()]:
         tensor.div_(max(participants, 1))
-    return total, heads, participants
+    return total, heads
 
 
 def server_step(
@@ -137,6 +145,21 @@ def server_step(
     for parameter in parameters.values():
         parameter.grad = None
     return new_adapters, {name: parameters[name] for name in extras}, new_memory
+
+
+def averaged(
+    state: ServerState,
+    tasks: Sequence[ClientTask],
+    updates: Iterable[ClientUpdate],
+    optimizer: ServerOptimizer,
+    lr: float,
+) -> ServerState:
+    """Return the state after one server step on the mean of the updates."""
+    adapters, extras = mean_update(state.adapters, state.extras, tasks, updates)
+    adapters, extras, memory = server_step(
+        optimizer, lr, state.adapters, state.extras, (adapters, extras), state.optimizer
+    )
+    return replace(state, round=state.round + 1, adapters=adapters, extras=extras, optimizer=memory)
 
 
 def _flat(adapters: Adapters, extras: Extras) -> Tensors:

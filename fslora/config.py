@@ -53,7 +53,7 @@ class SimulateConfig:
         target_modules: layers to adapt, by the end of their names, comma-separated, or all-linear.
         ratios: sketch ratios S/R of the capacity classes, comma-separated, such as 1/8,1/4,1/2;
             clients are dealt to the classes evenly.
-        strategy: the federated algorithm.
+        strategy: fslora, or head-only as a reference (classification; no adapter travels).
         rounds: how many rounds.
         local_steps: H, optimizer steps of a client in a round.
         batch_size: examples in a batch.
@@ -97,7 +97,7 @@ class SimulateConfig:
     lora_dropout: float = 0.0
     target_modules: str = "all-linear"
     ratios: str = "1/8,1/4,1/2"
-    strategy: Literal["fslora"] = "fslora"
+    strategy: Literal["fslora", "head-only"] = "fslora"
     rounds: int = 10
     local_steps: int = 10
     batch_size: int = 8

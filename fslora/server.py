@@ -25,7 +25,7 @@ class ClientRecord:
 
     Attributes:
         id: who.
-        ratio: S/R of its sketch.
+        ratio: S/R of its sketch; 0 where no adapter travels.
         bytes_up: sent by the client, head included; 0 if nothing usable came.
         bytes_down: sent to the client, head included.
         examples: distinct examples it has.
@@ -178,11 +178,11 @@ def rounds(
 def _client_record(
     task: ClientTask, update: ClientUpdate | None, reason: str | None
 ) -> ClientRecord:
-    sketch = next(iter(task.sketches.values()))
+    sketch = next(iter(task.sketches.values()), None)
     loss = None if update is None else update.metrics.get("loss")
     return ClientRecord(
         id=task.client_id,
-        ratio=sketch.size / sketch.rank,
+        ratio=0.0 if sketch is None else sketch.size / sketch.rank,
         bytes_up=0 if update is None else sum(payload_bytes(update.delta, update.extras)),
         bytes_down=sum(payload_bytes(task.adapters, task.extras)),
         examples=0 if update is None else update.num_examples,
@@ -221,6 +221,8 @@ def _split(tasks: Iterable[ClientTask]) -> tuple[int, int]:
 
 def _coverage(tasks: Sequence[ClientTask]) -> list[float]:
     sketches = [sketch for task in tasks for sketch in task.sketches.values()]
+    if not sketches:
+        return []
     counts = np.zeros(sketches[0].rank)
     for sketch in sketches:
         counts[slice(None) if sketch.index is None else sketch.index.numpy()] += 1

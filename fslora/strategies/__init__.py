@@ -1,7 +1,8 @@
 """One federated algorithm per file, each a factory that returns three pure functions."""
 
 from fslora.strategies.fslora import fslora
+from fslora.strategies.head_only import head_only
 
-STRATEGIES = {"fslora": fslora}
+STRATEGIES = {"fslora": fslora, "head-only": head_only}
 
-__all__ = ["STRATEGIES", "fslora"]
+__all__ = ["STRATEGIES", "fslora", "head_only"]

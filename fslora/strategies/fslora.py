@@ -17,9 +17,8 @@ Source: arXiv 2501.19389, Algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
-from fslora.aggregation import ServerOptimizer, gather, mean_update, server_step
+from fslora.aggregation import ServerOptimizer, averaged, gather
 from fslora.protocol import (
     Adapters,
     ClientTask,
@@ -85,21 +84,6 @@ def fslora(
     def aggregate(
         state: ServerState, tasks: Sequence[ClientTask], updates: Iterable[ClientUpdate]
     ) -> ServerState:
-        adapters, extras, _ = mean_update(state.adapters, state.extras, tasks, updates)
-        new_adapters, new_extras, memory = server_step(
-            server_optimizer,
-            server_lr,
-            state.adapters,
-            state.extras,
-            (adapters, extras),
-            state.optimizer,
-        )
-        return replace(
-            state,
-            round=state.round + 1,
-            adapters=new_adapters,
-            extras=new_extras,
-            optimizer=memory,
-        )
+        return averaged(state, tasks, updates, server_optimizer, server_lr)
 
     return Strategy(init, assign, aggregate)

@@ -84,7 +84,12 @@ def texts(tmp_path_factory):
             order = torch.randint(len(WORDS), (24,), generator=generator).tolist()
             words = " ".join(WORDS[(k + author) % len(WORDS)] for k in order)
             lines.append(
-                {"author": f"author {author}", "text": words, "label": "ab"[len(lines) % 2]}
+                {
+                    "id": str(len(lines)),
+                    "author": f"author {author}",
+                    "text": words,
+                    "label": "ab"[len(lines) % 2],
+                }
             )
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,8 +1,10 @@
+import resource
 import subprocess
 import sys
 
 import pytest
 
+from fslora import checkpoint
 from fslora.__main__ import main
 from fslora.config import SimulateConfig, merged, read_settings
 from fslora.presets import PRESETS
@@ -62,6 +64,8 @@ BAD = {
     "length": ({"max_length": 1}, "--max-length"),
     "eval data": ({"eval_data": "nothing.tsv"}, "nothing.tsv"),
     "resume": ({"resume": True}, "no run to resume"),
+    "empty client": ({"clients": 60, "partition": "natural:id"}, "nothing to"),
+    "diverging": ({"lr": 1e30, "optimizer": "sgd", "local_steps": 4}, "Lower --lr"),
 }
 
 
@@ -85,10 +89,6 @@ def test_bad_input_is_one_clear_message(settings, name, capsys, monkeypatch):
 
 
 def test_a_full_disk_is_one_clear_message_and_keeps_the_last_checkpoint(settings, capsys):
-    import resource
-
-    from fslora import checkpoint
-
     assert main(["simulate", *flags(settings, rounds=1)]) == 0
     out = checkpoint.Path(settings["out"])
     before = (out / checkpoint.STATE_FILE).read_bytes()
@@ -104,6 +104,17 @@ def test_a_full_disk_is_one_clear_message_and_keeps_the_last_checkpoint(settings
     assert (out / checkpoint.STATE_FILE).read_bytes() == before
     assert main(["simulate", f"--out={out}", "--rounds=3", "--resume"]) == 0
     assert len(checkpoint.read_records(out)) == 4
+
+
+def test_an_unreadable_checkpoint_is_one_clear_message(settings, capsys):
+    assert main(["simulate", *flags(settings, rounds=1)]) == 0
+    out = checkpoint.Path(settings["out"])
+    (out / checkpoint.STATE_FILE).write_bytes(b"torn")
+    kept = (out / checkpoint.RECORDS_FILE).read_bytes()
+    capsys.readouterr()
+    assert main(["simulate", f"--out={out}", "--rounds=3", "--resume"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert (out / checkpoint.RECORDS_FILE).read_bytes() == kept
 
 
 def test_settings_from_a_file_are_overridden_by_flags(settings, tmp_path, capsys):
