@@ -64,7 +64,7 @@ BAD = {
     "length": ({"max_length": 1}, "--max-length"),
     "eval data": ({"eval_data": "nothing.tsv"}, "nothing.tsv"),
     "resume": ({"resume": True}, "no run to resume"),
-    "empty client": ({"clients": 60, "partition": "natural:id"}, "nothing to"),
+    "empty client": ({"clients": 60, "partition": "natural:id"}, "nothing left to train on"),
     "diverging": ({"lr": 1e30, "optimizer": "sgd", "local_steps": 4}, "Lower --lr"),
 }
 

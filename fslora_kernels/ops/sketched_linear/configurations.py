@@ -41,12 +41,53 @@ def _by_ranks(*tiles: Tiles) -> dict[int, Tiles]:
     return dict(zip(PADDED_RANKS, tiles, strict=True))
 
 
+# Without tensor cores the operands of a product sit in registers: small tiles, many threads.
+_IEEE = (
+    Tiles(64, 64, stages=2),
+    Tiles(64, 64, warps=8, stages=2),
+    Tiles(64, 32, warps=8, stages=2),
+    Tiles(32, 32, warps=8, stages=2),
+)
 # (kernel, target, arithmetic) → padded ranks → tiles. A measured table may replace entries.
 TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
     ("apply", "interpreter", "ieee"): _by_ranks(*[Tiles(32, 32)] * 4),
     ("wgrad", "interpreter", "ieee"): _by_ranks(
         *[Tiles(32, 32), Tiles(32, 32, features_first=True)] * 2
     ),
+    ("apply", "sm_80", "half"): _by_ranks(
+        Tiles(64, 128), Tiles(64, 128), Tiles(64, 64), Tiles(64, 64, warps=8)
+    ),
+    ("apply", "sm_80", "tf32"): _by_ranks(*[Tiles(64, 64)] * 3, Tiles(64, 32, warps=8)),
+    ("apply", "sm_80", "ieee"): _by_ranks(*_IEEE),
+    ("wgrad", "sm_80", "half"): _by_ranks(
+        *[Tiles(64, 128)] * 3, Tiles(64, 64, features_first=True)
+    ),
+    ("wgrad", "sm_80", "tf32"): _by_ranks(*[Tiles(32, 64, features_first=True)] * 4),
+    ("wgrad", "sm_80", "ieee"): _by_ranks(*[Tiles(32, 64)] * 3, Tiles(32, 64, warps=8)),
+    ("apply", "sm_90", "half"): _by_ranks(
+        Tiles(64, 128, stages=4), Tiles(64, 128, stages=4), Tiles(64, 128), Tiles(64, 64)
+    ),
+    ("apply", "sm_90", "tf32"): _by_ranks(*[Tiles(64, 64)] * 3, Tiles(64, 32)),
+    ("apply", "sm_90", "ieee"): _by_ranks(*_IEEE),
+    ("wgrad", "sm_90", "half"): _by_ranks(*[Tiles(64, 128, features_first=True)] * 4),
+    ("wgrad", "sm_90", "tf32"): _by_ranks(*[Tiles(32, 64, features_first=True)] * 4),
+    ("wgrad", "sm_90", "ieee"): _by_ranks(*[Tiles(32, 64, features_first=True)] * 4),
+    ("apply", "sm_100", "half"): _by_ranks(
+        Tiles(64, 128, stages=4), Tiles(64, 128), Tiles(64, 128), Tiles(64, 64)
+    ),
+    ("apply", "sm_100", "tf32"): _by_ranks(*[Tiles(64, 64)] * 3, Tiles(64, 32)),
+    ("apply", "sm_100", "ieee"): _by_ranks(*_IEEE),
+    ("wgrad", "sm_100", "half"): _by_ranks(*[Tiles(64, 128, features_first=True)] * 4),
+    ("wgrad", "sm_100", "tf32"): _by_ranks(*[Tiles(32, 64, features_first=True)] * 4),
+    ("wgrad", "sm_100", "ieee"): _by_ranks(*[Tiles(32, 64, features_first=True)] * 4),
+    ("apply", "gfx942", "half"): _by_ranks(
+        Tiles(64, 128, stages=2), *[Tiles(64, 64, stages=2)] * 2, Tiles(64, 32, stages=2)
+    ),
+    ("apply", "gfx942", "ieee"): _by_ranks(*[Tiles(64, 64, stages=2)] * 4),
+    ("wgrad", "gfx942", "half"): _by_ranks(
+        *[Tiles(64, 128, stages=2)] * 3, Tiles(64, 64, stages=2)
+    ),
+    ("wgrad", "gfx942", "ieee"): _by_ranks(*[Tiles(32, 64, stages=2)] * 4),
 }
 REDUCE = Tiles(16, 128)
 
