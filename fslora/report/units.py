@@ -1,0 +1,36 @@
+"""Figures as people read them: bytes, seconds, ratios."""
+
+from fractions import Fraction
+
+BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def byte_unit(n: float) -> tuple[int, str]:
+    """The SI unit to print `n` bytes in, as (bytes per unit, name)."""
+    power = 0
+    # 999.95 and not 1000: 999 960 bytes would round to "1000.0 kB".
+    while n >= 999.95 * 1000**power and power < len(BYTE_UNITS) - 1:
+        power += 1
+    return 1000**power, BYTE_UNITS[power]
+
+
+def format_bytes(n: float) -> str:
+    """Bytes in SI units with one decimal: 512 → "512 B", 1 234 567 → "1.2 MB"."""
+    size, name = byte_unit(n)
+    return f"{n:.0f} B" if size == 1 else f"{n / size:.1f} {name}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as "4.2 s", "3 min 20 s" or "2 h 5 min"."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_ratio(ratio: float) -> str:
+    """A sketch ratio as a fraction where it is a simple one: 0.125 → "1/8", 0.3141 → "0.314"."""
+    fraction = Fraction(ratio).limit_denominator(64)
+    return str(fraction) if abs(fraction - ratio) < 1e-9 else f"{ratio:.3g}"
