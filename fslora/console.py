@@ -70,7 +70,7 @@ def progress(config: SimulateConfig, console: Console) -> Iterator[Watcher]:
 def closing_table(summary: dict[str, Any], console: Console) -> None:
     """Print one line for each capacity class and one for all."""
     table = Table(title="What each capacity class paid, and what it got", title_justify="left")
-    for head in ("sketch ratio", "S", "clients", "up", "down", "of full rank", "loss"):
+    for head in ("ratio", "S", "clients", "up", "down", "of full rank", "loss"):
         table.add_column(head, justify="right", no_wrap=True)
     for row in summary["classes"]:
         share = row["share_of_full_rank"]

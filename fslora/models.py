@@ -108,6 +108,10 @@ def load_model(config: SimulateConfig, labels: list[str], pad_token_id: int) -> 
         except (OSError, ValueError, RuntimeError) as error:
             raise _unloadable("model", config.model, error) from error
         model = _with_adapter(base, config, TaskType.SEQ_CLS if classifying else None)
+    # Clients train leaves of their own, never the factors of the resident model.
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.requires_grad_(requires_grad=False)
     model.to(resolve_device(config.device))
     fslora_kernels.fuse(model, config.implementation)
     return model

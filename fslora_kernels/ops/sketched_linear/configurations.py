@@ -45,7 +45,7 @@ def _by_ranks(*tiles: Tiles) -> dict[int, Tiles]:
 _IEEE = (
     Tiles(64, 64, stages=2),
     Tiles(64, 64, warps=8, stages=2),
-    Tiles(64, 32, warps=8, stages=2),
+    Tiles(32, 32, warps=8, stages=2),
     Tiles(32, 32, warps=8, stages=2),
 )
 # (kernel, target, arithmetic) → padded ranks → tiles. A measured table may replace entries.
@@ -63,7 +63,7 @@ TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
         *[Tiles(64, 128)] * 3, Tiles(64, 64, features_first=True)
     ),
     ("wgrad", "sm_80", "tf32"): _by_ranks(*[Tiles(32, 64, features_first=True)] * 4),
-    ("wgrad", "sm_80", "ieee"): _by_ranks(*[Tiles(32, 64)] * 3, Tiles(32, 64, warps=8)),
+    ("wgrad", "sm_80", "ieee"): _by_ranks(*[Tiles(32, 64)] * 2, *[Tiles(32, 64, warps=8)] * 2),
     ("apply", "sm_90", "half"): _by_ranks(
         Tiles(64, 128, stages=4), Tiles(64, 128, stages=4), Tiles(64, 128), Tiles(64, 64)
     ),
@@ -71,7 +71,7 @@ TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
     ("apply", "sm_90", "ieee"): _by_ranks(*_IEEE),
     ("wgrad", "sm_90", "half"): _by_ranks(*[Tiles(64, 128, features_first=True)] * 4),
     ("wgrad", "sm_90", "tf32"): _by_ranks(*[Tiles(32, 64, features_first=True)] * 4),
-    ("wgrad", "sm_90", "ieee"): _by_ranks(*[Tiles(32, 64, features_first=True)] * 4),
+    ("wgrad", "sm_90", "ieee"): _by_ranks(*[Tiles(32, 64)] * 2, *[Tiles(32, 64, warps=8)] * 2),
     ("apply", "sm_100", "half"): _by_ranks(
         Tiles(64, 128, stages=4), Tiles(64, 128), Tiles(64, 128), Tiles(64, 64)
     ),
@@ -79,9 +79,9 @@ TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
     ("apply", "sm_100", "ieee"): _by_ranks(*_IEEE),
     ("wgrad", "sm_100", "half"): _by_ranks(*[Tiles(64, 128, features_first=True)] * 4),
     ("wgrad", "sm_100", "tf32"): _by_ranks(*[Tiles(32, 64, features_first=True)] * 4),
-    ("wgrad", "sm_100", "ieee"): _by_ranks(*[Tiles(32, 64, features_first=True)] * 4),
+    ("wgrad", "sm_100", "ieee"): _by_ranks(*[Tiles(32, 64)] * 2, *[Tiles(32, 64, warps=8)] * 2),
     ("apply", "gfx942", "half"): _by_ranks(
-        Tiles(64, 128, stages=2), *[Tiles(64, 64, stages=2)] * 2, Tiles(64, 32, stages=2)
+        Tiles(64, 128, stages=2), Tiles(64, 64, stages=2), *[Tiles(64, 32, stages=2)] * 2
     ),
     ("apply", "gfx942", "ieee"): _by_ranks(*[Tiles(64, 64, stages=2)] * 4),
     ("wgrad", "gfx942", "half"): _by_ranks(
