@@ -10,11 +10,10 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
 from peft import PeftModel
 
 from fslora import checkpoint, evaluation
-from fslora.client import LocalTrainer, payload_bytes
+from fslora.client import LocalTrainer
 from fslora.config import SimulateConfig, continued, merged, read_settings
 from fslora.data.causal_lm import CausalLM
 from fslora.data.classification import Classification
@@ -29,6 +28,7 @@ from fslora.seeds import fold_in
 from fslora.server import ClientRecord, RoundRecord, rounds
 from fslora.sketch import sketch_size
 from fslora.strategies import STRATEGIES
+from fslora.summary import summarise
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,8 @@ def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str
             _write_adapter(run, state)
         raise
     _write_adapter(run, state)
-    summary = summarise(run, checkpoint.read_records(run.folder), perf_counter() - start)
+    records = checkpoint.read_records(run.folder)
+    summary = summarise(config, state, run.ratio_of, records, perf_counter() - start)
     with checkpoint.explained_io_errors(run.folder, state.round):
         checkpoint.write_json(run.folder / "summary.json", summary)
     return summary
@@ -262,47 +263,3 @@ def _evaluated(run: Run, state: ServerState, record: RoundRecord) -> RoundRecord
         eval_loss_sketched=sketched,
         eval_loss_by_ratio=by_ratio,
     )
-
-
-def summarise(run: Run, records: list[dict[str, Any]], wall_seconds: float) -> dict[str, Any]:
-    """Sum a finished run up: bytes against full-rank FedAvg-LoRA, losses before and after."""
-    adapters, extras = take_state(run.model)
-    full_adapter, head = payload_bytes(adapters, extras)
-    before, after = records[0], records[-1]
-    entries = [entry for record in records for entry in record["clients"]]
-    classes = []
-    for ratio in sorted(set(run.ratio_of.values())):
-        own = [entry for entry in entries if entry["ratio"] == ratio]
-        classes.append(
-            {
-                "ratio": ratio,
-                "sketch_size": sketch_size(run.config.rank, ratio),
-                "clients": sum(value == ratio for value in run.ratio_of.values()),
-                "participations": len(own),
-                "bytes_up": sum(entry["bytes_up"] for entry in own),
-                "bytes_down": sum(entry["bytes_down"] for entry in own),
-                "share_of_full_rank": _share(own, full_adapter + head),
-                "loss_before": before["eval_loss_by_ratio"].get(f"{ratio:g}"),
-                "loss_after": after["eval_loss_by_ratio"].get(f"{ratio:g}"),
-            }
-        )
-    full = (full_adapter + head) * len(entries)
-    return {
-        "classes": classes,
-        **{f"eval_{what}_before": before[f"eval_{what}"] for what in ("loss", "metric")},
-        **{f"eval_{what}_after": after[f"eval_{what}"] for what in ("loss", "metric")},
-        **{way: sum(record[way] for record in records) for way in ("bytes_up", "bytes_down")},
-        "full_rank_bytes_up": full,
-        "full_rank_bytes_down": full,
-        "wall_seconds": wall_seconds,
-        "modules": len(adapters),
-        "parameters": sum(tensor.numel() for pair in adapters.values() for tensor in pair),
-        "implementation": run.config.implementation,
-        "versions": {"torch": torch.__version__},
-    }
-
-
-def _share(entries: list[dict[str, Any]], full_bytes: int) -> float | None:
-    """Bytes of these participations, both ways, over those of full-rank clients."""
-    moved = sum(entry["bytes_up"] + entry["bytes_down"] for entry in entries)
-    return moved / (2 * full_bytes * len(entries)) if entries else None

@@ -5,7 +5,6 @@ page's content security policy forbids scripts and requests should that ever be 
 """
 
 import base64
-import json
 from html import escape
 
 from fslora.report.captions import TITLES, caption
@@ -160,13 +159,11 @@ def _rejected(run: Run) -> str:
 
 def _reload(run: Run) -> str:
     classifier = run.config.get("task") == "classification"
-    auto = "AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM"
+    auto = f"AutoPeftModelFor{'SequenceClassification' if classifier else 'CausalLM'}"
     labels = ", num_labels=…" if classifier else ""
     snippet = (
-        "from peft import PeftModel\n"
-        f"from transformers import {auto}\n\n"
-        f"base = {auto}.from_pretrained({json.dumps(_setting(run, 'model'))}{labels})\n"
-        'model = PeftModel.from_pretrained(base, "adapter")  # the folder beside this page'
+        f"from peft import {auto}\n\n"
+        f'model = {auto}.from_pretrained("adapter"{labels})  # the folder beside this page'
     )
     return f"<h2>Use the adapter</h2>\n<pre>{escape(snippet)}</pre>"
 

@@ -163,8 +163,7 @@ def test_headline_settings_and_captions(finished):
         "evaluation loss fell from 4.000 to 3.250 and its accuracy rose from 0.500 to 0.800",
         "it moves, up and down together, 128.0 kB with ratio 1/8 to 512.0 kB with ratio 1/2.",
         "the rarest by 25.0% and the commonest by 40.0% of the clients' modules",
-        'AutoModelForCausalLM.from_pretrained("stories260K")',
-        'PeftModel.from_pretrained(base, "adapter")',
+        'AutoPeftModelForCausalLM.from_pretrained("adapter")',
     ):
         assert text in page.text
     assert "Rejected" not in page.text
