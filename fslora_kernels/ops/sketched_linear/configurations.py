@@ -81,7 +81,7 @@ TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
     ("wgrad", "sm_100", "tf32"): _by_ranks(*[Tiles(32, 64, features_first=True)] * 4),
     ("wgrad", "sm_100", "ieee"): _by_ranks(*[Tiles(32, 64)] * 2, *[Tiles(32, 64, warps=8)] * 2),
     ("apply", "gfx942", "half"): _by_ranks(
-        Tiles(64, 128, stages=2), Tiles(64, 64, stages=2), *[Tiles(64, 32, stages=2)] * 2
+        Tiles(64, 128, stages=2), *[Tiles(64, 32, stages=2)] * 3
     ),
     ("apply", "gfx942", "ieee"): _by_ranks(*[Tiles(64, 64, stages=2)] * 4),
     ("wgrad", "gfx942", "half"): _by_ranks(

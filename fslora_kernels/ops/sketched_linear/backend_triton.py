@@ -1,0 +1,303 @@
+"""The operation on Triton kernels that gather the selected ranks while they multiply.
+
+Three kernels (``_tiles``). ``apply`` streams one block of rows of x past the gathered rows of A,
+keeps the rounded h, and streams the gathered rows of Bᵀ past it: the delta. With the factors
+exchanged the same kernel turns dy into dh and into the adapter's part of dx. ``wgrad`` sums hᵀ dy
+and dhᵀ x over a fixed split of the tokens, and ``reduce`` adds the splits in their order and writes
+the rows of the index: no atomics, so the gradients are the same bits in every run. The base product
+is torch's, accumulated in place onto the delta.
+
+What it saves is passes over the activations, and copies of the selected factors. What it does not
+do: it does not split a short batch over more programs, it is not fused into the base product, and
+from 128 ranks on it leaves the field to torch, whose products are then limited by arithmetic. No
+speed is claimed: the tiles (``configurations``) were chosen by ahead-of-time compilation (spills,
+shared memory, matrix instructions), not by timing.
+
+x and dy may have any strides, but rows that are not contiguous and aligned are copied in each pass.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fslora_kernels._dispatch import interpreting
+from fslora_kernels._tiles import ROW_UNIT, apply_kernel, reduce_kernel, wgrad_kernel
+from fslora_kernels.ops.sketched_linear.configurations import (
+    PADDED_RANKS,
+    REDUCE,
+    TILES,
+    Tiles,
+    apply_constants,
+    reduce_constants,
+    wgrad_constants,
+)
+from fslora_kernels.ops.sketched_linear.op import Arguments
+
+ALIGNMENT = 16  # elements of a row stride, bytes of an address
+MAX_RANKS = 127
+PROGRAMS_PER_PROCESSOR = 2
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# -- where it runs ---------------------------------------------------------------------------------
+
+
+@cache
+def _gpu(device: torch.device) -> tuple[str, int]:
+    """Return the target's name, in ``TILES`` or not, and the number of processors."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0], properties.multi_processor_count
+    return f"sm_{properties.major}0", properties.multi_processor_count
+
+
+def _target(device: torch.device) -> tuple[str, int]:
+    return ("interpreter", 2) if interpreting() else _gpu(device)
+
+
+def _arithmetic(dtype: torch.dtype, target: str) -> str:
+    if target == "interpreter":
+        return "ieee"
+    if dtype != torch.float32:
+        return "half"
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and target.startswith("sm_")
+    return "tf32" if tf32 else "ieee"
+
+
+def _padded(ranks: int) -> int:
+    return next(padded for padded in PADDED_RANKS if ranks <= padded)
+
+
+def _ranks(arguments: Arguments) -> int:
+    index = arguments.index
+    return arguments.lora_a.shape[0] if index is None else index.shape[0]
+
+
+# -- launchers -------------------------------------------------------------------------------------
+
+
+def _launch(kernel, grid: tuple[int, ...], tiles: Tiles, like: Tensor, **arguments) -> None:
+    with torch.cuda.device_of(like):
+        kernel[grid](
+            **arguments, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True
+        )
+
+
+def _rows(x_TF: Tensor) -> tuple[Tensor, int]:
+    """Return x, or one copy, with rows of consecutive, aligned features; and its row stride."""
+    tokens, features = x_TF.shape
+    stride = x_TF.stride(0) if tokens > 1 else features
+    aligned = stride % ALIGNMENT == 0 and x_TF.data_ptr() % ALIGNMENT == 0
+    if x_TF.stride(1) == 1 and (aligned or interpreting()):
+        return x_TF, stride
+    return x_TF.clone(memory_format=torch.contiguous_format), features
+
+
+def _strides(factor_RF: Tensor) -> tuple[int, int, bool]:
+    """Return the strides of a factor as ``factor_tile`` takes them: ranks, features, ROWS."""
+    ranks, features = factor_RF.shape
+    row = factor_RF.stride(0) if ranks > 1 else features
+    if factor_RF.stride(1) == 1 and row % ROW_UNIT.value == 0:
+        return row // ROW_UNIT.value, 1, True
+    return row, factor_RF.stride(1), False
+
+
+def _apply(
+    arguments: Arguments,
+    x_TF: Tensor,
+    u_RF: Tensor,
+    v_RG: Tensor | None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return h = gain · x u[I]ᵀ, its ranks padded, and y = h v[I] + bias (None without v)."""
+    tokens, features_in = x_TF.shape
+    features_out = 0 if v_RG is None else v_RG.shape[1]
+    ranks = _ranks(arguments)
+    padded = _padded(ranks)
+    h_TP = torch.empty(tokens, padded, dtype=x_TF.dtype, device=x_TF.device)
+    y_TG = None
+    if v_RG is not None:
+        y_TG = torch.empty(tokens, features_out, dtype=x_TF.dtype, device=x_TF.device)
+    if not tokens:
+        return h_TP, y_TG
+    target, _ = _target(x_TF.device)
+    arithmetic = _arithmetic(x_TF.dtype, target)
+    tiles = TILES["apply", target, arithmetic][padded]
+    x_TF, x_row = _rows(x_TF)
+    u_row, u_column, u_rows = _strides(u_RF)
+    v_row, v_column, v_rows = (0, 0, False) if v_RG is None else _strides(v_RG)
+    gain, index = arguments.gain, arguments.index
+    # An int would be compiled in, one kernel per value.
+    gain = gain.to(torch.float32).contiguous() if isinstance(gain, Tensor) else float(gain)
+    constants = apply_constants(
+        tiles,
+        padded,
+        arithmetic,
+        has_index=index is not None,
+        has_bias=bias is not None,
+        has_gain_tensor=isinstance(gain, Tensor),
+        u_rows=u_rows,
+        v_rows=v_rows,
+        expand=v_RG is not None,
+    )
+    _launch(
+        apply_kernel,
+        (-(-tokens // tiles.tokens),),
+        tiles,
+        x_TF,
+        x=x_TF,
+        u=u_RF,
+        v=v_RG,
+        index=None if index is None else index.to(torch.int64).contiguous(),
+        gain=gain,
+        bias=None if bias is None else bias.to(x_TF.dtype).contiguous(),
+        h=h_TP,
+        y=y_TG,
+        tokens=tokens,
+        ranks=ranks,
+        features_in=features_in,
+        features_out=features_out,
+        x_row=x_row,
+        u_row=u_row,
+        u_column=u_column,
+        v_row=v_row,
+        v_column=v_column,
+        gain_stride=gain.ndim if isinstance(gain, Tensor) else 0,
+        **constants,
+    )
+    return h_TP, y_TG
+
+
+def _wgrad(arguments: Arguments, p_TP: Tensor, x_TF: Tensor, factor_RF: Tensor) -> Tensor:
+    """Return pᵀ x in the rows of the index of a tensor like the factor, strides included."""
+    index = arguments.index
+    out_RF = torch.empty_like(factor_RF) if index is None else torch.zeros_like(factor_RF)
+    tokens, features = x_TF.shape
+    if not tokens:
+        return out_RF.zero_()
+    ranks, padded = _ranks(arguments), p_TP.shape[1]
+    target, processors = _target(x_TF.device)
+    arithmetic = _arithmetic(x_TF.dtype, target)
+    tiles = TILES["wgrad", target, arithmetic][padded]
+    x_TF, x_row = _rows(x_TF)
+    # Enough programs for every processor, split the same way for the same shape on the same device.
+    columns, blocks = -(-features // tiles.features), -(-tokens // tiles.tokens)
+    splits = min(blocks, max(1, PROGRAMS_PER_PROCESSOR * processors // columns))
+    tokens_per_split = -(-blocks // splits) * tiles.tokens
+    splits = -(-tokens // tokens_per_split)
+    partial = torch.empty(splits, ranks, features, dtype=torch.float32, device=x_TF.device)
+    _launch(
+        wgrad_kernel,
+        (columns, splits),
+        tiles,
+        x_TF,
+        p=p_TP,
+        x=x_TF,
+        partial=partial,
+        tokens=tokens,
+        ranks=ranks,
+        features=features,
+        x_row=x_row,
+        tokens_per_split=tokens_per_split,
+        **wgrad_constants(tiles, padded, arithmetic),
+    )
+    _launch(
+        reduce_kernel,
+        (-(-features // REDUCE.features), -(-ranks // REDUCE.tokens)),
+        REDUCE,
+        x_TF,
+        partial=partial,
+        index=None if index is None else index.to(torch.int64).contiguous(),
+        out=out_RF,
+        ranks=ranks,
+        features=features,
+        splits=splits,
+        out_row=out_RF.stride(0),
+        out_column=out_RF.stride(1),
+        **reduce_constants(has_index=index is not None),
+    )
+    return out_RF
+
+
+# -- the backend -----------------------------------------------------------------------------------
+
+
+def refuses(arguments: Arguments) -> str | None:
+    """Say why the kernels cannot, or should not, run this call."""
+    x_TD, lora_a, lora_b = arguments.x, arguments.lora_a, arguments.lora_b
+    if arguments.dropout:
+        return "the kernels have no dropout; the torch implementation regenerates the mask"
+    if x_TD.dtype not in DTYPES:
+        return f"x is {x_TD.dtype} and the kernels take float32, float16 and bfloat16"
+    if lora_a.dtype != lora_b.dtype or lora_a.dtype not in (x_TD.dtype, torch.float32):
+        return (
+            f"lora_a is {lora_a.dtype} and lora_b {lora_b.dtype}, and the kernels take both in "
+            f"x's {x_TD.dtype} or both in float32"
+        )
+    if _ranks(arguments) > MAX_RANKS:
+        return (
+            f"more than {MAX_RANKS} ranks are selected, for which torch's matrix products are "
+            "better suited"
+        )
+    if interpreting():
+        if x_TD.dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies the raw bits of bfloat16 (use float32)"
+        return None
+    return _refuses_on_gpu(arguments)
+
+
+def _refuses_on_gpu(arguments: Arguments) -> str | None:
+    lora_a, lora_b = arguments.lora_a, arguments.lora_b
+    target, _ = _target(arguments.x.device)
+    if ("apply", target, "half") not in TILES:
+        known = ", ".join(sorted({key[1] for key in TILES} - {"interpreter"}))
+        return f"no tiles were chosen for {target} (there are some for {known})"
+    features = (lora_a.shape[1], lora_b.shape[0])
+    if any(size == 0 or size % ALIGNMENT for size in features):
+        return (
+            f"in_features and out_features must be multiples of {ALIGNMENT}, else the kernels "
+            f"spill registers, but are {features[0]} and {features[1]}"
+        )
+    if not _strides(lora_a)[2]:
+        return "lora_a's rows are not contiguous and aligned; pass lora_a.contiguous()"
+    for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if factor.data_ptr() % ALIGNMENT:
+            return f"{name} does not start at a multiple of {ALIGNMENT} bytes; pass {name}.clone()"
+    return None
+
+
+def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """Return y ``[T, E]``, and h times the gain, its ranks padded to a power of two: ``[T, P]``."""
+    x_TD = arguments.x
+    h_TP, y_TE = _apply(arguments, x_TD, arguments.lora_a, arguments.lora_b.t(), arguments.bias)
+    if arguments.weight is not None:
+        y_TE.addmm_(x_TD, arguments.weight.to(x_TD.dtype).t())
+    return y_TE, h_TP
+
+
+def backward(
+    arguments: Arguments, h_TP: Tensor, dy_TE: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x, A and B (those that ``needs`` asks for).
+
+    A and B's gradients have the shapes and strides of the arguments; rows outside the index set
+    are zero.
+    """
+    needs_x, needs_a, needs_b = needs
+    dx = da = db = None
+    if dy_TE.shape[0]:
+        dy_TE, _ = _rows(dy_TE)
+    if needs_b:
+        db = _wgrad(arguments, h_TP, dy_TE, arguments.lora_b.t()).t()
+    if not (needs_x or needs_a):
+        return dx, da, db
+    expand = arguments.lora_a if needs_x else None
+    dh_TP, dx = _apply(arguments, dy_TE, arguments.lora_b.t(), expand)
+    if needs_a:
+        da = _wgrad(arguments, dh_TP, arguments.x, arguments.lora_a)
+    if needs_x and arguments.weight is not None:
+        dx.addmm_(dy_TE, arguments.weight.to(dy_TE.dtype))
+    return dx, da, db
