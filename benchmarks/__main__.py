@@ -1,0 +1,35 @@
+"""The command ``python -m benchmarks``."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+
+# Name to (module, one line). Modules are imported when they are asked for.
+BENCHMARKS = {
+    "round": ("benchmarks.round", "a simulated round against a plain PEFT loop, in CPU time"),
+    "cost": ("benchmarks.cost", "what a sketch ratio saves a client, and what not: counted"),
+    "gpu": ("benchmarks.gpu", "every GPU check in one script; a dry run without a GPU"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark that is named; return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in BENCHMARKS:
+        # peft 0.21 reads a property that transformers 5.23 renamed.
+        warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
+        code: int = import_module(BENCHMARKS[given[0]][0]).main(given[1:])
+        return code
+    wrong = bool(given) and given[0] not in ("-h", "--help")
+    stream = sys.stderr if wrong else sys.stdout
+    print("usage: python -m benchmarks NAME [flags]   (NAME --help explains them)\n", file=stream)
+    for name, (_, line) in BENCHMARKS.items():
+        print(f"  {name:<8} {line}", file=stream)
+    if wrong:
+        print(f"\nthere is no benchmark {given[0]!r}", file=stream)
+    return 2 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

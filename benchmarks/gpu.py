@@ -1,0 +1,190 @@
+"""Every check that needs a GPU, in one script of at most ten minutes: ``python -m benchmarks gpu``.
+
+Each stage runs in a process of its own, so that one that crashes or hangs the device does not take
+the others with it, and writes one JSON file as it goes. Nothing needs to be installed: run it from
+the repository's root. Without a GPU, or with ``--dry``, every stage runs in a tiny size on the CPU,
+so that the script cannot rot; Triton takes part where TRITON_INTERPRET=1 is set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from benchmarks.timing import device_name, provenance
+from fslora_kernels._dispatch import IMPLEMENTATIONS, unavailable
+
+Row = dict[str, Any]
+"""One finding: "what", "ok", and whatever was measured; "error" where it is not ok."""
+
+# Name to (module, seconds it may take); the function is called as the stage. Ten minutes in all.
+STAGES = {
+    "environment": ("benchmarks.gpu_kernels", 60),
+    "correctness": ("benchmarks.gpu_checks", 230),
+    "fuse": ("benchmarks.gpu_checks", 60),
+    "simulate": ("benchmarks.gpu_checks", 90),
+    "kernels": ("benchmarks.gpu_kernels", 150),
+}
+_MARGIN_S = 10  # a stage stops by itself this much before it is killed
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Where a stage runs.
+
+    Attributes:
+        dry: tiny sizes on the CPU, only to see that the script works.
+        out: folder of the results, those of earlier stages included.
+    """
+
+    dry: bool
+    out: Path
+
+    @property
+    def device(self) -> str:
+        """Torch's device type."""
+        return "cpu" if self.dry else "cuda"
+
+    @property
+    def implementations(self) -> list[str]:
+        """Those that can run on the device."""
+        return [name for name in IMPLEMENTATIONS if unavailable(name, self.device) is None]
+
+
+def run_stage(name: str, setting: Setting) -> Row:
+    """Run one stage in this process, keeping its rows on disk as they come.
+
+    Returns:
+        What the stage's file holds: status "ok" or "failed", the rows, the error.
+    """
+    module, limit_s = STAGES[name]
+    start = perf_counter()
+    result: Row = {"stage": name, "status": "running", "dry": setting.dry, **provenance()}
+    result |= {"implementations": setting.implementations, "error": None, "rows": []}
+    try:
+        stage: Callable[[Setting], Iterator[Row]] = getattr(import_module(module), name)
+        for row in stage(setting):
+            result["rows"].append(row)
+            result["seconds"] = round(perf_counter() - start, 1)
+            write(setting.out, result)
+            if result["seconds"] > limit_s - _MARGIN_S:
+                result["error"] = f"out of time: stopped after {len(result['rows'])} rows"
+                break
+    except Exception as error:  # whatever it is, it is recorded and the other stages go on
+        result["error"] = f"{type(error).__name__}: {error}"
+        result["traceback"] = traceback.format_exc()
+    failed = result["error"] or not all(row["ok"] for row in result["rows"])
+    result["status"] = "failed" if failed else "ok"
+    result["seconds"] = round(perf_counter() - start, 1)
+    write(setting.out, result)
+    return result
+
+
+def run_apart(name: str, setting: Setting, limit_s: float) -> Row:
+    """Run one stage in a process of its own, killed when its time is over."""
+    path = setting.out / f"{name}.json"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--here", "--only", name]
+    command += ["--out", str(setting.out), *(["--dry"] if setting.dry else [])]
+    try:
+        root = Path(__file__).resolve().parents[1]
+        code = subprocess.run(command, cwd=root, timeout=limit_s, check=False).returncode
+        problem = f"the process ended with code {code} before it was done"
+    except subprocess.TimeoutExpired:
+        problem = f"killed after {limit_s:g} s"
+    result: Row = {"stage": name, "status": "running", "dry": setting.dry, "rows": []}
+    if path.is_file():
+        result = json.loads(path.read_text(encoding="utf-8"))
+    if result["status"] == "running":
+        result |= {"status": "failed", "error": problem}
+        write(setting.out, result)
+    return result
+
+
+def write(folder: Path, result: Row) -> None:
+    """Write a stage's file in one piece."""
+    path = folder / f"{result['stage']}.json"
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def table(results: Sequence[Row]) -> str:
+    """Lay out what happened: figures first, then failures, then one line for each stage."""
+    lines: list[str] = []
+    for result in results:
+        shown = [row["line"] for row in result["rows"] if "line" in row]
+        lines += [f"\n{result['stage']}", *(f"  {line}" for line in shown)] if shown else []
+    for result in results:
+        for row in result["rows"]:
+            if not row["ok"]:
+                lines.append(f"FAILED {result['stage']}: {row['what']}: {row.get('error')}")
+        if result.get("error"):
+            lines.append(f"FAILED {result['stage']}: {result['error']}")
+    lines.append(
+        f"\n{'stage':<14}{'status':<10}{'rows':>6}{'failed':>8}{'refused':>9}{'seconds':>9}"
+    )
+    for result in results:
+        rows = result["rows"]
+        failed, refused = (
+            sum(not row["ok"] for row in rows),
+            sum("refused" in row for row in rows),
+        )
+        lines.append(
+            f"{result['stage']:<14}{result['status']:<10}{len(rows):>6}{failed:>8}{refused:>9}"
+            f"{result.get('seconds', 0.0):>9.1f}{'   dry' if result['dry'] else ''}"
+        )
+    return "\n".join(lines).lstrip("\n")
+
+
+def _dry_notice(*, asked: bool) -> str:
+    why = "as asked" if asked else "torch sees no GPU here"
+    reasons = {name: unavailable(name, "cpu") for name in IMPLEMENTATIONS}
+    left_out = [f"; {name} is left out: {reason}" for name, reason in reasons.items() if reason]
+    return (
+        f"DRY ({why}): every stage runs in a tiny size on the CPU and its times mean nothing"
+        + "".join(left_out)
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the stages; return 1 if one of them failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, help="folder of the results; default: by device")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--only", nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument("--here", action="store_true", help="no process for each stage")
+    chosen = parser.parse_args(arguments)
+    dry = chosen.dry or not torch.cuda.is_available()
+    name = "dry" if dry else re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
+    out = (chosen.out or Path(__file__).parent / "results" / name).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    setting = Setting(dry, out)
+    child = chosen.here and len(chosen.only) == 1
+    if dry and not child:
+        print(_dry_notice(asked=chosen.dry), flush=True)
+    results = []
+    for stage in chosen.only:
+        if not child:
+            print(f"… {stage}", flush=True)
+        if dry or chosen.here:
+            results.append(run_stage(stage, setting))
+        else:
+            results.append(run_apart(stage, setting, STAGES[stage][1]))
+    if not child:
+        text = table(results)
+        (out / "table.txt").write_text(text + "\n", encoding="utf-8")
+        print(f"\n{text}\n\nresults: {out}")
+    return int(any(result["status"] != "ok" for result in results))

@@ -1,0 +1,59 @@
+"""The models that are measured: real pretrained ones, or the small one in the package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging
+
+from fslora.models import model_path
+
+
+def shared_model(name: str) -> str | None:
+    """Return the folder of a shared pretrained model, or None where there is none.
+
+    The folder ``shared`` beside the repository is looked at, or what FSLORA_SHARED names.
+    """
+    beside = Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(os.environ.get("FSLORA_SHARED", beside)) / "data/models" / name
+    return str(folder) if folder.is_dir() else None
+
+
+def default_model() -> str:
+    """Return stories260K where it is at hand, else the base in the package."""
+    return shared_model("stories260K-hf") or "docs-base"
+
+
+def bare(model: str, *, classes: int = 0, layers: int = 0) -> nn.Module:
+    """Load a base model in float32, frozen, in training mode.
+
+    Args:
+        model: folder, hub id, or ``docs-base``.
+        classes: make it a classifier of so many classes; 0 keeps the language model.
+        layers: keep only the first so many layers; 0 keeps all.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    settings: dict[str, Any] = {"dtype": torch.float32}
+    settings |= {"num_hidden_layers": layers} if layers else {}
+    settings |= {"num_labels": classes} if classes else {}
+    auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
+    base = auto.from_pretrained(model_path(model), **settings)
+    return base.requires_grad_(requires_grad=False).train()
+
+
+def with_adapter(base: nn.Module, rank: int, *, alpha: float = 16.0, classes: int = 0) -> PeftModel:
+    """Put a LoRA adapter on every linear layer but the output's, as any PEFT user would."""
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules="all-linear",
+        task_type=TaskType.SEQ_CLS if classes else None,
+    )
+    return get_peft_model(base, config).train()
