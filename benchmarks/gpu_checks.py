@@ -38,7 +38,7 @@ LARGE_CASES = (
     Case("many_tokens", 70_001, 256, 512, 32, 32),
 )
 DRY_CASES = ("half", "odd_everything", "compact_leaf", "tensor_scale")
-ROUND_TOLERANCE = 1e-3  # of a loss, after up to three rounds of float32 training
+ROUND_TOLERANCE = 1e-4  # of a loss, after up to three rounds of float32 training
 
 
 # -- correctness -----------------------------------------------------------------------------------
@@ -52,7 +52,6 @@ def correctness(setting: Setting) -> Iterator[Row]:
         for dtype in DTYPES:
             for implementation in setting.implementations:
                 yield _check_case(case, dtype, implementation, setting.device)
-    yield {"what": "every case", "ok": True, "line": "every case was tried"}
 
 
 def _check_case(case: Case, dtype: torch.dtype, implementation: str, device: str) -> Row:

@@ -17,7 +17,7 @@ _LOWEST = {
     **dict.fromkeys(("clients", "per_round", "rank", "rounds", "local_steps"), 1),
     **dict.fromkeys(("batch_size", "accumulation", "eval_every"), 1),
     **dict.fromkeys(("momentum", "weight_decay", "clip_norm"), 0),
-    **dict.fromkeys(("layers", "eval_examples", "seed"), 0),
+    **dict.fromkeys(("threads", "layers", "eval_examples", "seed"), 0),
     "max_length": 2,
 }
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
@@ -70,6 +70,8 @@ class SimulateConfig:
         device: cpu, cuda, cuda:0 …, or auto.
         dtype: of the base model; the adapter is always float32.
         implementation: of the fused layer: auto, torch or triton.
+        threads: CPU threads of one matrix product; 0 leaves torch's choice. 1 is best for small
+            models, and wherever the cores are shared.
         layers: keep only the base model's first layers; 0 keeps all.
         eval_every: evaluate every n-th round (and the last).
         eval_examples: evaluate on at most so many examples, evenly spread; 0 takes all.
@@ -114,6 +116,7 @@ class SimulateConfig:
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     implementation: Literal["auto", "torch", "triton"] = "auto"
+    threads: int = 0
     layers: int = 0
     eval_every: int = 1
     eval_examples: int = 0

@@ -18,12 +18,14 @@ def demo() -> SimulateConfig:
         rank=16,
         alpha=16.0,
         ratios="1/8,1/4,1/2",
-        rounds=8,
+        rounds=6,
         local_steps=10,
         batch_size=8,
         max_length=128,
         lr=5e-3,
-        eval_examples=192,
+        server_lr=2.0,
+        threads=1,
+        eval_examples=128,
         out="runs/demo",
     )
 

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
 from peft import PeftModel
 
 from fslora import checkpoint, evaluation
@@ -104,6 +105,8 @@ def prepare(config: SimulateConfig) -> Run:
         FileNotFoundError: a file that is not there.
         NotImplementedError: the implementation cannot run on the device.
     """
+    if config.threads:
+        torch.set_num_threads(config.threads)
     task = make_task(config)
     rows = read_rows(config.data, reader=config.reader, header=config.header)
     evaluation_rows = None
