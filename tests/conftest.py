@@ -1,9 +1,13 @@
-"""Where the real text and the real pretrained models lie."""
+"""Where the real text and the real pretrained models lie; one thread for everything."""
 
 import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Two threads that spin for each other on shared cores make small products twenty times slower.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
