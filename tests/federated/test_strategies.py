@@ -9,6 +9,7 @@ from fslora import checkpoint
 from fslora.config import SimulateConfig
 from fslora.engines import sequential
 from fslora.protocol import LocalRule
+from fslora.report import write_report
 from fslora.server import run_round
 from fslora.simulate import simulate
 from fslora.strategies import STRATEGIES, head_only
@@ -58,6 +59,7 @@ def test_head_only_trains_and_ships_the_head_alone(settings, tiny_bert):
     assert rows[-1]["adapter_bytes_up"] == 0 < rows[-1]["head_bytes_up"]
     assert rows[-1]["eval_loss"] != rows[0]["eval_loss"]
     assert summary["bytes_up"] < summary["full_rank_bytes_up"]
+    assert "head-only" in write_report(Path(config.out)).read_text()
 
 
 def test_head_only_without_a_head_is_refused():
