@@ -195,7 +195,8 @@ def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str
         raise
     _write_adapter(run, state)
     records = checkpoint.read_records(run.folder)
-    summary = summarise(config, state, run.ratio_of, records, perf_counter() - start)
+    device = str(next(run.model.parameters()).device)
+    summary = summarise(config, state, run.ratio_of, records, perf_counter() - start, device)
     with checkpoint.explained_io_errors(run.folder, state.round):
         checkpoint.write_json(run.folder / "summary.json", summary)
     return summary

@@ -21,6 +21,7 @@ def summarise(
     ratio_of: Mapping[int, float],
     records: Sequence[Record],
     wall_seconds: float,
+    device: str,
 ) -> Record:
     """Sum a run up, its bytes against those of FedAvg-LoRA at full rank in the same rounds.
 
@@ -30,6 +31,7 @@ def summarise(
         ratio_of: client position to sketch ratio.
         records: lines of ``rounds.jsonl``, round 0 first.
         wall_seconds: of this process, loading not included.
+        device: where it ran.
 
     Returns:
         What ``summary.json`` holds.
@@ -65,5 +67,6 @@ def summarise(
         "modules": len(state.adapters),
         "parameters": sum(t.numel() for pair in state.adapters.values() for t in pair),
         "implementation": config.implementation,
+        "device": device,
         "versions": {"torch": torch.__version__},
     }

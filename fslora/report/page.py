@@ -97,9 +97,10 @@ def _headline(run: Run) -> str:
     else:
         tiles.append(("bytes moved", moved, "up and down, all clients"))
     seconds = sum(record["wall_seconds"] for record in run.rounds)
+    device = _setting(run, "device")
     if run.summary is not None:
-        seconds = run.summary["wall_seconds"]
-    tiles.append(("time", format_seconds(seconds), f"on {_setting(run, 'device')}"))
+        seconds, device = run.summary["wall_seconds"], run.summary.get("device", device)
+    tiles.append(("time", format_seconds(seconds), f"on {device}"))
     items = "\n".join(
         f"<div><dt>{escape(name)}</dt><dd><b>{escape(value)}</b> {escape(unit)}</dd></div>"
         for name, value, unit in tiles
