@@ -46,7 +46,6 @@ _IEEE = (
     Tiles(64, 64, stages=2),
     Tiles(64, 64, warps=8, stages=2),
     Tiles(32, 32, warps=8, stages=2),
-    Tiles(32, 32, warps=8, stages=2),
 )
 # (kernel, target, arithmetic) → padded ranks → tiles. A measured table may replace entries.
 TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
@@ -58,28 +57,32 @@ TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
         Tiles(64, 128), Tiles(64, 128), Tiles(64, 64), Tiles(64, 64, warps=8)
     ),
     ("apply", "sm_80", "tf32"): _by_ranks(*[Tiles(64, 64)] * 3, Tiles(64, 32, warps=8)),
-    ("apply", "sm_80", "ieee"): _by_ranks(*_IEEE),
+    ("apply", "sm_80", "ieee"): _by_ranks(*_IEEE, Tiles(32, 32, warps=8, stages=2)),
     ("wgrad", "sm_80", "half"): _by_ranks(
         *[Tiles(64, 128)] * 3, Tiles(64, 64, features_first=True)
     ),
     ("wgrad", "sm_80", "tf32"): _by_ranks(*[Tiles(32, 64, features_first=True)] * 4),
     ("wgrad", "sm_80", "ieee"): _by_ranks(*[Tiles(32, 64)] * 2, *[Tiles(32, 64, warps=8)] * 2),
     ("apply", "sm_90", "half"): _by_ranks(
-        Tiles(64, 128, stages=4), Tiles(64, 128, stages=4), Tiles(64, 128), Tiles(64, 64)
+        *[Tiles(64, 128, stages=4)] * 2, Tiles(64, 128), Tiles(64, 64, warps=8)
     ),
     ("apply", "sm_90", "tf32"): _by_ranks(*[Tiles(64, 64)] * 3, Tiles(64, 32)),
-    ("apply", "sm_90", "ieee"): _by_ranks(*_IEEE),
+    ("apply", "sm_90", "ieee"): _by_ranks(*_IEEE, Tiles(32, 32, stages=2)),
     ("wgrad", "sm_90", "half"): _by_ranks(*[Tiles(64, 128, features_first=True)] * 4),
     ("wgrad", "sm_90", "tf32"): _by_ranks(*[Tiles(32, 64, features_first=True)] * 4),
-    ("wgrad", "sm_90", "ieee"): _by_ranks(*[Tiles(32, 64)] * 2, *[Tiles(32, 64, warps=8)] * 2),
+    ("wgrad", "sm_90", "ieee"): _by_ranks(
+        *[Tiles(32, 64)] * 2, Tiles(32, 64, warps=8), Tiles(32, 64, features_first=True)
+    ),
     ("apply", "sm_100", "half"): _by_ranks(
-        Tiles(64, 128, stages=4), Tiles(64, 128), Tiles(64, 128), Tiles(64, 64)
+        Tiles(64, 128, stages=4), *[Tiles(64, 128)] * 2, Tiles(64, 64, warps=8)
     ),
     ("apply", "sm_100", "tf32"): _by_ranks(*[Tiles(64, 64)] * 3, Tiles(64, 32)),
-    ("apply", "sm_100", "ieee"): _by_ranks(*_IEEE),
+    ("apply", "sm_100", "ieee"): _by_ranks(*_IEEE, Tiles(32, 32, stages=2)),
     ("wgrad", "sm_100", "half"): _by_ranks(*[Tiles(64, 128, features_first=True)] * 4),
     ("wgrad", "sm_100", "tf32"): _by_ranks(*[Tiles(32, 64, features_first=True)] * 4),
-    ("wgrad", "sm_100", "ieee"): _by_ranks(*[Tiles(32, 64)] * 2, *[Tiles(32, 64, warps=8)] * 2),
+    ("wgrad", "sm_100", "ieee"): _by_ranks(
+        *[Tiles(32, 64)] * 2, Tiles(32, 64, warps=8), Tiles(32, 64, features_first=True)
+    ),
     ("apply", "gfx942", "half"): _by_ranks(
         Tiles(64, 128, stages=2), *[Tiles(64, 32, stages=2)] * 3
     ),
