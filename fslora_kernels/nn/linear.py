@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from fslora_kernels.ops.sketched_linear import sketched_linear
+from fslora_kernels.ops.sketched_linear.interface import unchecked
 from fslora_kernels.weights import LoRAWeights
 
 
@@ -32,6 +32,9 @@ class Restriction:
     leaves: LoRAWeights | None = None
 
 
+UNRESTRICTED = Restriction()
+
+
 def indirect_reason(base: nn.Module) -> str | None:
     """Say why the base product cannot be accumulated onto the delta, or None if it can.
 
@@ -40,8 +43,9 @@ def indirect_reason(base: nn.Module) -> str | None:
     """
     if type(base) is not nn.Linear and type(base) is not Conv1D:
         return f"its base layer is {type(base).__module__}.{type(base).__qualname__}"
-    if type(base.weight) is not nn.Parameter and type(base.weight) is not Tensor:
-        return f"its base weight is a {type(base.weight).__name__}"
+    kind = type(base.weight)
+    if kind is not nn.Parameter and kind is not Tensor:
+        return f"its base weight is a {kind.__name__}"
     if (
         base._forward_hooks
         or base._forward_pre_hooks
@@ -52,6 +56,11 @@ def indirect_reason(base: nn.Module) -> str | None:
     if "forward" in base.__dict__ or "_hf_hook" in base.__dict__:
         return "the forward of its base layer is replaced"
     return None
+
+
+def _mixed_dtypes(x: Tensor, weight: Tensor) -> bool:
+    """Whether the base layer has its own opinion on dtypes: let it run, or complain."""
+    return x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
 class SketchedLoRALinear(PeftLinear):  # type: ignore[misc]
@@ -82,11 +91,11 @@ class SketchedLoRALinear(PeftLinear):  # type: ignore[misc]
         y: Tensor | None = None
         base = self.base_layer
         hooked = _has_any_global_hook()  # type: ignore[no-untyped-call]
-        if hooked or indirect_reason(base) is not None or self._mixed_dtypes(x):
+        if hooked or indirect_reason(base) is not None or _mixed_dtypes(x, base.weight):
             y = base(x)
         for name in self.active_adapters:
-            if name in self.lora_A:
-                y = self._add_adapter(name, x, y)
+            if name in self.scaling:
+                y = self._add_adapter(name, x, base, y)
         return base(x) if y is None else y
 
     def _vanilla_reason(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -100,42 +109,34 @@ class SketchedLoRALinear(PeftLinear):  # type: ignore[misc]
             return "an active adapter is a LoRA variant"
         return None
 
-    def _mixed_dtypes(self, x: Tensor) -> bool:
-        """Whether the base layer has its own opinion on dtypes: let it run, or complain."""
-        return x.dtype != self.base_layer.weight.dtype and not torch.is_autocast_enabled(
-            x.device.type
-        )
-
-    def _add_adapter(self, name: str, x: Tensor, y: Tensor | None) -> Tensor:
+    def _add_adapter(
+        self,
+        name: str,
+        x: Tensor,
+        base: Any,  # noqa: ANN401
+        y: Tensor | None,
+    ) -> Tensor:
         """Return base(x) plus this adapter's delta, or y plus it where y is given."""
-        restriction = self.restrictions.get(name, Restriction())
+        restriction = self.restrictions.get(name, UNRESTRICTED)
         scale, index = self.scaling[name], restriction.index
         if restriction.leaves is not None:
-            lora_a, lora_b = restriction.leaves.lora_a, restriction.leaves.lora_b.t()
+            lora_a, lora_b = restriction.leaves
             scale = scale * (self.r[name] / lora_a.shape[0])
         else:
-            lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
+            lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight.t()
             if index is not None:
                 scale = scale * (self.r[name] / index.shape[0])
-        bias = self.lora_B[name].bias
-        if bias is not None:
-            bias = bias * self.scaling[name]
+        bias = self.lora_B[name].bias * self.scaling[name] if self.lora_bias[name] else None
         weight = None
         if y is None:
-            base = self.base_layer
             weight = base.weight if type(base) is nn.Linear else base.weight.t()
-            if base.bias is not None:
-                bias = base.bias if bias is None else base.bias + bias
-        dropout = self.lora_dropout[name]
-        delta = sketched_linear(
-            x,
-            weight,
-            lora_a,
-            lora_b,
-            index,
-            bias=bias,
-            scale=scale,
-            dropout=dropout.p if self.training and type(dropout) is nn.Dropout else 0.0,
-            implementation=self.implementation,
+            base_bias = base.bias
+            if base_bias is not None:
+                bias = base_bias if bias is None else base_bias + bias
+        dropout = 0.0
+        if self.training and type(self.lora_dropout[name]) is nn.Dropout:
+            dropout = self.lora_dropout[name].p
+        delta = unchecked(
+            x, weight, lora_a, lora_b, index, bias, scale, dropout, None, self.implementation
         )
         return delta if y is None else y + delta.to(y.dtype)

@@ -18,7 +18,7 @@ from fslora_kernels.testing import inputs
 if interpreting():
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
-from fslora_kernels.ops.sketched_linear import backend_triton
+from fslora_kernels.ops.sketched_linear import backend_triton, configurations
 
 pytestmark = pytest.mark.aot
 
@@ -177,7 +177,7 @@ def calls(dtype, factor_dtype):
                 tensors["x"],
                 tensors["weight"],
                 tensors["lora_a"].to(factor_dtype),
-                tensors["lora_b"].to(factor_dtype),
+                tensors["lora_b"].to(factor_dtype).t(),
                 tensors["index"],
                 tensors["bias"],
                 gain,
@@ -203,7 +203,11 @@ def test_launches_ask_for_the_enumerated_compilations_and_no_others(target, monk
                 y, h = backend_triton.forward(arguments)
                 for needs_x in (True, False):
                     backend_triton.backward(arguments, h, y, (needs_x, True, True))
-    small = [v for v in aot.variants(target) if "x" in v.within_2gb or "x" not in v.signature]
+    small = [
+        v
+        for v in configurations.variants(target.name)
+        if "x" in v.within_2gb or "x" not in v.signature
+    ]
     enumerated = [
         freeze(v.function, v.types(), v.values(), v.attributes(target.backend), v.warps, v.stages)
         for v in small
@@ -215,6 +219,7 @@ def test_launches_ask_for_the_enumerated_compilations_and_no_others(target, monk
 def gpu_call(monkeypatch, target="sm_90", **changes):
     monkeypatch.setattr(backend_triton, "_target", lambda device: (target, 132))
     tensors = {**inputs(Case("call", 3, 32, 48, 8, 4), torch.bfloat16), **changes}
+    tensors["lora_b"] = tensors["lora_b"].t()
     names = ("x", "weight", "lora_a", "lora_b", "index", "bias", "scale")
     return backend_triton.refuses(Arguments(*(tensors[name] for name in names), 0.0, 0))
 

@@ -4,12 +4,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fslora_kernels import sketched_linear
-from fslora_kernels.ops.sketched_linear import cost
+from fslora_kernels.ops.sketched_linear import backend_torch, cost
 from fslora_kernels.ops.sketched_linear.cases import CASES, Case
 from fslora_kernels.ops.sketched_linear.reference import reference
 from fslora_kernels.testing import check_error_budget, inputs, value_and_gradients
 
 from .contract import SketchedLinearContract
+
+
+@pytest.fixture(scope="module", autouse=True, params=["own backward", "torch's differentiation"])
+def path(request):
+    """Everything here holds on both ways through the backend, whatever a layer's size."""
+    with pytest.MonkeyPatch.context() as patch:
+        small = 0 if request.param == "own backward" else 2**62
+        patch.setattr(backend_torch, "SMALL_LAYER", small)
+        yield
 
 
 class TestTorch(SketchedLinearContract):

@@ -153,6 +153,7 @@ def test_what_the_kernels_do_not_do_is_refused_with_the_reason(change, reason):
 def test_auto_takes_the_kernels_and_says_why_not():
     def chosen(dropout):
         tensors = inputs(Case("auto", 4, 32, 32, 8, 4), torch.float32)
+        tensors["lora_b"] = tensors["lora_b"].t()
         names = ("x", "weight", "lora_a", "lora_b", "index", "bias", "scale")
         return choose(Arguments(*(tensors[name] for name in names), dropout, 0), "auto")
 

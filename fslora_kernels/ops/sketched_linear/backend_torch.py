@@ -6,10 +6,18 @@ output, and rounds once less than adding the delta to a finished base product.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from fslora_kernels.ops.sketched_linear.op import Arguments
+if TYPE_CHECKING:
+    from fslora_kernels.ops.sketched_linear.op import Arguments
+
+# Elements of a base weight up to which the Python of a backward pass costs a processor more than
+# the additional pass over dx that torch's own differentiation makes.
+SMALL_LAYER = 128 * 128
 
 
 def refuses(_arguments: Arguments) -> str | None:
@@ -18,11 +26,14 @@ def refuses(_arguments: Arguments) -> str | None:
 
 
 def _select(arguments: Arguments) -> tuple[Tensor, Tensor]:
-    """Return the selected factors as A_SD and B_ES in the input's dtype."""
+    """Return the selected factors as A_SD and B_SE in the input's dtype."""
     a, b, index = arguments.lora_a, arguments.lora_b, arguments.index
     if index is not None:
-        a, b = a.index_select(0, index), b.index_select(1, index)
-    return a.to(arguments.x.dtype), b.to(arguments.x.dtype)
+        a, b = a.index_select(0, index), b.index_select(0, index)
+    dtype = arguments.x.dtype
+    if a.dtype != dtype or b.dtype != dtype:
+        a, b = a.to(dtype), b.to(dtype)
+    return a, b
 
 
 def _kept(arguments: Arguments) -> Tensor:
@@ -33,19 +44,34 @@ def _kept(arguments: Arguments) -> Tensor:
     return torch.empty_like(x_TD).bernoulli_(keep, generator=generator).div_(keep)
 
 
+def _outputs(arguments: Arguments, h_TS: Tensor, b_SE: Tensor) -> Tensor:
+    """Write the delta and the bias, then accumulate the base product: ``[T, E]``."""
+    x_TD, weight, bias = arguments.x, arguments.weight, arguments.bias
+    dtype = x_TD.dtype
+    y_TE = h_TS.mm(b_SE) if bias is None else torch.addmm(bias.to(dtype), h_TS, b_SE)
+    return y_TE if weight is None else y_TE.addmm_(x_TD, weight.to(dtype).t())
+
+
+def differentiates_itself(arguments: Arguments) -> bool:
+    """Whether torch's own differentiation is the faster: small layers on a processor."""
+    x_TD, weights = arguments.x, arguments.lora_a.shape[1] * arguments.lora_b.shape[1]
+    return weights <= SMALL_LAYER and not arguments.dropout and x_TD.device.type == "cpu"
+
+
+def differentiable(arguments: Arguments) -> Tensor:
+    """Return y ``[T, E]`` by products that torch differentiates."""
+    a_SD, b_SE = _select(arguments)
+    h_TS = functional.linear(arguments.x, a_SD).mul_(arguments.gain)
+    return _outputs(arguments, h_TS, b_SE)
+
+
 def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
     """Return y ``[T, E]`` and h ``[T, S]``, the latter times the gain, as the backward wants it."""
-    x_TD, bias = arguments.x, arguments.bias
-    a_SD, b_ES = _select(arguments)
+    x_TD = arguments.x
+    a_SD, b_SE = _select(arguments)
     dropped_TD = x_TD * _kept(arguments) if arguments.dropout else x_TD
     h_TS = torch.mm(dropped_TD, a_SD.t()).mul_(arguments.gain)
-    if bias is None:
-        y_TE = torch.mm(h_TS, b_ES.t())
-    else:
-        y_TE = torch.addmm(bias.to(x_TD.dtype), h_TS, b_ES.t())
-    if arguments.weight is not None:
-        y_TE.addmm_(x_TD, arguments.weight.to(x_TD.dtype).t())
-    return y_TE, h_TS
+    return _outputs(arguments, h_TS, b_SE), h_TS
 
 
 def backward(
@@ -57,14 +83,14 @@ def backward(
     """
     needs_x, needs_a, needs_b = needs
     x_TD, index = arguments.x, arguments.index
-    a_SD, b_ES = _select(arguments)
+    a_SD, b_SE = _select(arguments)
     dx = da = db = None
     if needs_b:
         # hᵀ dy rather than dyᵀ h: several times faster on a CPU, and one rank is one row.
-        db = _widen(torch.mm(h_TS.t(), dy_TE), index, arguments.lora_b.t()).t()
+        db = _widen(torch.mm(h_TS.t(), dy_TE), index, arguments.lora_b)
     if not (needs_x or needs_a):
         return dx, da, db
-    dh_TS = torch.mm(dy_TE, b_ES).mul_(arguments.gain)
+    dh_TS = torch.mm(dy_TE, b_SE.t()).mul_(arguments.gain)
     kept_TD = _kept(arguments) if arguments.dropout else None
     if needs_a:
         dropped_TD = x_TD if kept_TD is None else x_TD * kept_TD
@@ -79,7 +105,7 @@ def backward(
 
 
 def _widen(rows: Tensor, index: Tensor | None, like: Tensor) -> Tensor:
-    """Scatter compact gradient rows into a zero matrix of the parameter's shape."""
+    """Put the rows of the selected ranks into a zero matrix, or keep them if all are there."""
     rows = rows.to(like.dtype)
     if index is None:
         return rows

@@ -255,7 +255,7 @@ def _refuses_on_gpu(arguments: Arguments) -> str | None:
     if ("apply", target, "half") not in TILES:
         known = ", ".join(sorted({key[1] for key in TILES} - {"interpreter"}))
         return f"no tiles were chosen for {target} (there are some for {known})"
-    features = (lora_a.shape[1], lora_b.shape[0])
+    features = (lora_a.shape[1], lora_b.shape[1])
     if any(size == 0 or size % ALIGNMENT for size in features):
         return (
             f"in_features and out_features must be multiples of {ALIGNMENT}, else the kernels "
@@ -272,7 +272,7 @@ def _refuses_on_gpu(arguments: Arguments) -> str | None:
 def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
     """Return y ``[T, E]``, and h times the gain, its ranks padded to a power of two: ``[T, P]``."""
     x_TD = arguments.x
-    h_TP, y_TE = _apply(arguments, x_TD, arguments.lora_a, arguments.lora_b.t(), arguments.bias)
+    h_TP, y_TE = _apply(arguments, x_TD, arguments.lora_a, arguments.lora_b, arguments.bias)
     if arguments.weight is not None:
         y_TE.addmm_(x_TD, arguments.weight.to(x_TD.dtype).t())
     return y_TE, h_TP
@@ -291,11 +291,11 @@ def backward(
     if dy_TE.shape[0]:
         dy_TE, _ = _rows(dy_TE)
     if needs_b:
-        db = _wgrad(arguments, h_TP, dy_TE, arguments.lora_b.t()).t()
+        db = _wgrad(arguments, h_TP, dy_TE, arguments.lora_b)
     if not (needs_x or needs_a):
         return dx, da, db
     expand = arguments.lora_a if needs_x else None
-    dh_TP, dx = _apply(arguments, dy_TE, arguments.lora_b.t(), expand)
+    dh_TP, dx = _apply(arguments, dy_TE, arguments.lora_b, expand)
     if needs_a:
         da = _wgrad(arguments, dh_TP, arguments.x, arguments.lora_a)
     if needs_x and arguments.weight is not None:

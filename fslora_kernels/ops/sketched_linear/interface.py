@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fslora_kernels.ops.sketched_linear.op import Arguments, SketchedLinear, choose
+from fslora_kernels.ops.sketched_linear.op import Arguments, compute
 from fslora_kernels.weights import check_index
 
 
@@ -64,39 +64,43 @@ def sketched_linear(
     _check(x, weight, lora_a, lora_b, index, bias, rank_weight)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-    out_features = lora_b.shape[0]
-    x_TD = x.to(_compute_dtype(x)).reshape(-1, x.shape[-1])
     gain = scale if rank_weight is None else rank_weight * scale
     if isinstance(gain, Tensor):
         if gain.requires_grad:
             raise ValueError("scale and rank_weight are not differentiated; pass them detached")
         gain = gain.to(x.device)
-    if dropout and seed is None:
-        seed = int(torch.randint(2**63 - 1, ()).item())
-    arguments = Arguments(
-        x_TD, weight, lora_a, lora_b, index, bias, gain, dropout, seed if dropout and seed else 0
-    )
-    choice = choose(arguments, implementation)
-    y_TE: Tensor = SketchedLinear.apply(  # type: ignore[no-untyped-call]
-        x_TD,
-        weight,
-        lora_a,
-        lora_b,
-        index,
-        bias,
-        gain,
-        arguments.dropout,
-        arguments.seed,
-        choice.implementation,
-    )
-    return y_TE.reshape(*x.shape[:-1], out_features)
+    b_RE = lora_b.t()
+    return unchecked(x, weight, lora_a, b_RE, index, bias, gain, dropout, seed, implementation)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def unchecked(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    index: Tensor | None,
+    bias: Tensor | None,
+    gain: float | Tensor,
+    dropout: float,
+    seed: int | None,
+    implementation: str | None,
+) -> Tensor:
+    """Compute ``sketched_linear`` for arguments that fit together, as a layer's own do.
+
+    The arguments are those of ``op.Arguments``: B is rank-major ``[rank, out_features]``.
+    """
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+        x = x.to(torch.get_autocast_dtype(device))
+    if not dropout:
+        seed = 0
+    elif seed is None:
+        seed = int(torch.randint(2**63 - 1, ()).item())
+    x_TD = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    y_TE = compute(
+        Arguments(x_TD, weight, lora_a, lora_b, index, bias, gain, dropout, seed), implementation
+    )
+    return y_TE if x.ndim == 2 else y_TE.view(*x.shape[:-1], y_TE.shape[1])
 
 
 def _check(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fslora_kernels._dispatch import Choice, select, unavailable
+from fslora_kernels.ops.sketched_linear import backend_torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Arguments:
         x: ``[T, D]``, in the dtype that the products are computed in.
         weight: ``[E, D]``, or None for the delta alone.
         lora_a: ``[R, D]``; may be of another dtype than x.
-        lora_b: ``[E, R]``, any strides; may be of another dtype than x.
+        lora_b: ``[R, E]``, rank-major, any strides; may be of another dtype than x.
         index: int64 ``[S]``, ascending, or None for all ranks.
         bias: ``[E]`` or None.
         gain: the scale, times the rank weights where there are any: a number, ``[]`` or ``[S]``.
@@ -53,7 +54,7 @@ class Backend(Protocol):
     def backward(
         self, arguments: Arguments, h_TS: Tensor, dy_TE: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of x, A and B."""
+        """Return the gradients of x, A and B, in the shapes of the arguments."""
 
 
 # Best first: "auto" takes the first that does not refuse.
@@ -72,13 +73,31 @@ def backend(name: str) -> Backend:
 def choose(arguments: Arguments, requested: str | None) -> Choice:
     """Choose the backend for a call: see ``_dispatch.select``."""
     device = arguments.x.device.type
-    return select(
-        requested,
-        {
-            name: unavailable(name, device) or backend(name).refuses(arguments)
-            for name, _ in BACKENDS
-        },
+    refusals: dict[str, str | None] = {}
+    for name, _ in BACKENDS:
+        if requested in (None, "auto", name):
+            refusals[name] = unavailable(name, device) or backend(name).refuses(arguments)
+    return select(requested, refusals)
+
+
+def compute(arguments: Arguments, requested: str | None) -> Tensor:
+    """Run one call on the backend that is chosen for it: ``[T, E]``, differentiable."""
+    implementation = choose(arguments, requested).implementation
+    if implementation == "torch" and backend_torch.differentiates_itself(arguments):
+        return backend_torch.differentiable(arguments)
+    y_TE: Tensor = SketchedLinear.apply(  # type: ignore[no-untyped-call]
+        arguments.x,
+        arguments.weight,
+        arguments.lora_a,
+        arguments.lora_b,
+        arguments.index,
+        arguments.bias,
+        arguments.gain,
+        arguments.dropout,
+        arguments.seed,
+        implementation,
     )
+    return y_TE
 
 
 class SketchedLinear(torch.autograd.Function):
