@@ -117,9 +117,10 @@ class PlainLoop:
             [p for p in model.parameters() if p.requires_grad], lr=task.local.lr
         )
         total = torch.zeros(())
+        torch.manual_seed(task.key)  # the base model's own dropout, as on our side
         for batch in self.batches[task.client_id]:
             optimizer.zero_grad()
-            loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+            loss = model(**batch).loss
             loss.backward()
             optimizer.step()
             total += loss.detach()
@@ -128,7 +129,10 @@ class PlainLoop:
 
 @torch.no_grad()
 def _reset(model: PeftModel, task: ClientTask) -> None:
-    """Give the model the client's factors."""
+    """Give the model the client's factors and head."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in task.extras.items():
+        parameters[name].copy_(tensor)
     for name, pair in task.adapters.items():
         layer = model.get_submodule(name)
         layer.lora_A["default"].weight.copy_(pair.lora_a)
@@ -170,8 +174,11 @@ def make_loop(simulator: Simulator) -> tuple[PlainLoop, float]:
     record = simulator.round(client)
     tasks = simulator.tasks()
     # The sketched scale (alpha / R) (R / S) is that of a plain adapter of rank S.
+    classes = simulator.run.model.config.num_labels if config.task == "classification" else 0
     models = {
-        size: with_adapter(bare(config.model), size, alpha=config.alpha)
+        size: with_adapter(
+            bare(config.model, classes=classes), size, alpha=config.alpha, classes=classes
+        )
         for size in {next(iter(task.sketches.values())).size for task in tasks}
     }
     loop = PlainLoop(models, tasks, {name: seen.batches for name, seen in observed.items()})
@@ -264,8 +271,12 @@ def report(pairs: Pairs) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks round", description=__doc__)
-    parser.add_argument("--model", default=default_model(), help="a causal language model")
+    parser.add_argument("--model", default=default_model(), help="folder, hub id, or docs-base")
     parser.add_argument("--data", default="python-docs", help="any text: it changes no time")
+    parser.add_argument("--task", default="causal-lm", help="or classification: then the columns")
+    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--label-column", default="label")
+    parser.add_argument("--no-header", action="store_true", help="columns are numbers, from 1")
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20, help="local steps of a client")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -280,6 +291,10 @@ def main(arguments: Sequence[str]) -> int:
     config = SimulateConfig(
         model=chosen.model,
         data=chosen.data,
+        task=chosen.task,
+        text_column=chosen.text_column,
+        label_column=chosen.label_column,
+        header=not chosen.no_header,
         clients=chosen.clients,
         per_round=chosen.clients,
         rank=chosen.rank,

@@ -32,11 +32,19 @@ def test_both_sides_compute_the_same_and_the_figures_are_kept(flags, capsys, tmp
     assert record["settings"]["clients"] == 2
 
 
+def test_a_classifier_with_its_head(flags, tmp_path, capsys):
+    table = tmp_path / "table.csv"
+    table.write_text("text,label\n" + "A word or two,yes\nAnd no more,no\n" * 20)
+    columns = ["--task", "classification", "--text-column", "text", "--label-column", "label"]
+    assert benchmark.main([*flags[:-1], str(table), *columns]) == 0
+    assert "correct: mean losses equal" in capsys.readouterr().out
+
+
 def test_no_figure_while_the_two_sides_differ(flags, capsys, monkeypatch):
     right = benchmark.with_adapter
 
-    def wrong(base, rank, *, alpha):
-        return right(base, rank, alpha=alpha * 1.5)
+    def wrong(base, rank, *, alpha, classes):
+        return right(base, rank, alpha=alpha * 1.5, classes=classes)
 
     monkeypatch.setattr(benchmark, "with_adapter", wrong)
     assert benchmark.main(flags) == 1
