@@ -1,13 +1,12 @@
 """Real text that lies on every machine with Python: the standard library's own documentation.
 
 Each client of the built-in corpus is one package of the running interpreter's standard library
-and owns its docstrings, so the split is non-IID by nature. The text for the shipped base comes
-from the reference manual that `help()` prints and from the *other* modules. Sources are parsed,
-never imported, so neither a module's side effects nor `python -OO` matter.
+and owns its docstrings, so the split is non-IID by nature. The shipped base reads the reference
+manual that `help()` prints, and none of these. Sources are parsed, never imported, so neither a
+module's side effects nor `python -OO` matter.
 """
 
 import ast
-import sys
 import sysconfig
 import tokenize
 from collections.abc import Sequence
@@ -37,22 +36,6 @@ PACKAGES = (
     "urllib",
     "wsgiref",
     "xml",
-)
-
-# Left out of the pretraining text because distributions patch them, or package them apart from
-# Python (one is a joke): what the base reads should depend on the Python version only.
-_OPTIONAL = (
-    "antigravity",
-    "distutils",
-    "ensurepip",
-    "idlelib",
-    "lib2to3",
-    "site",
-    "sysconfig",
-    "tkinter",
-    "turtle",
-    "turtledemo",
-    "venv",
 )
 
 
@@ -95,40 +78,6 @@ def python_docs(packages: Sequence[str] = PACKAGES) -> Rows:
             raise _no_sources(package)
         rows += [{"package": package, "text": text} for file in files for text in docstrings(file)]
     return rows
-
-
-def pretraining_modules() -> list[str]:
-    """The standard-library modules whose docstrings the shipped base is trained on, sorted."""
-    return sorted(sys.stdlib_module_names - set(PACKAGES) - set(_OPTIONAL))
-
-
-def pretraining_text() -> str:
-    """The text that the shipped base is trained on, disjoint from the clients' text.
-
-    The topics of `help()`, then the docstrings of every module that belongs to no client. A
-    docstring that a client also has, word for word, is left out.
-
-    Raises:
-        FileNotFoundError: this Python was installed without the sources of its library.
-    """
-    clients = {row["text"] for row in python_docs()}
-    files = [file for module in pretraining_modules() for file in module_files(module)]
-    texts = _topics() + [text for file in files for text in docstrings(file)]
-    return "\n\n".join(text for text in texts if text not in clients)
-
-
-def _topics() -> list[str]:
-    """The topics of `help()`, sorted by name."""
-    files = [file for file in module_files("pydoc_data") if file.name == "topics.py"]
-    if not files:
-        raise _no_sources("pydoc_data")
-    with tokenize.open(files[0]) as source:
-        tree = ast.parse(source.read())
-    for node in tree.body:
-        if isinstance(node, ast.Assign):
-            topics = ast.literal_eval(node.value)
-            return [topics[name].strip() for name in sorted(topics)]
-    raise _no_sources("pydoc_data")
 
 
 def _no_sources(package: str) -> FileNotFoundError:
