@@ -28,6 +28,42 @@ def activation_tile(x, t, t_ok, row_stride, f, f_ok):
 
 
 @triton.jit
+def kept_bits(random, threshold, place: tl.constexpr):
+    """Turn 32 random bits into two bits of a mask, at ``place`` and the one above it."""
+    random = random.to(tl.uint32, bitcast=True)
+    low = ((random & 0xFFFF) >= threshold).to(tl.int32)
+    high = ((random >> 16) >= threshold).to(tl.int32)
+    return (low << place) | (high << (place + 1))
+
+
+@triton.jit(do_not_specialize=["seed", "threshold", "count"])
+def mask_kernel(
+    mask,  # uint8 [count], written: eight features to a byte, the lowest bit first
+    seed,
+    threshold,  # of 65536: how many of 16 random bits' values drop a feature
+    count,
+    BYTES: tl.constexpr,
+):
+    """Draw a dropout mask by Philox, keyed by seed and byte. One program: BYTES bytes."""
+    b = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
+    first, second, third, fourth = tl.randint4x(seed, b)
+    byte = kept_bits(first, threshold, 0) | kept_bits(second, threshold, 2)
+    byte = byte | kept_bits(third, threshold, 4) | kept_bits(fourth, threshold, 6)
+    tl.store(mask + b, byte.to(tl.uint8), mask=b < count)
+
+
+@triton.jit
+def dropped(x_TF, mask, t, t_ok, mask_row, f, f_ok):
+    """Zero the elements of x[t, f] whose bit in the mask is off: ``[T, F]``."""
+    byte = tl.load(
+        mask + t[:, None] * mask_row + (f // 8)[None, :],
+        mask=t_ok[:, None] & f_ok[None, :],
+        other=0,
+    )
+    return tl.where((byte >> (f % 8)[None, :].to(tl.uint8)) & 1 != 0, x_TF, 0.0)
+
+
+@triton.jit
 def factor_tile(factor, rows, exists, row_stride, f, f_ok, column_stride, ROWS: tl.constexpr):
     """Gather factor[rows, f], zero outside: ``[P, F]``."""
     if ROWS:
@@ -38,7 +74,16 @@ def factor_tile(factor, rows, exists, row_stride, f, f_ok, column_stride, ROWS: 
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "ranks", "u_row", "u_column", "v_row", "v_column", "gain_stride"],
+    do_not_specialize=[
+        "tokens",
+        "ranks",
+        "u_row",
+        "u_column",
+        "v_row",
+        "v_column",
+        "gain_stride",
+        "mask_row",
+    ],
     do_not_specialize_on_alignment=["index", "gain", "bias"],
 )
 def apply_kernel(
@@ -48,6 +93,7 @@ def apply_kernel(
     index,  # int64 [ranks], or None
     gain,  # a number, or fp32 [] or [ranks] by its stride 0 or 1
     bias,  # [features_out], or None
+    mask,  # dropout bits of x or of y, row stride mask_row; None without
     h,  # [tokens, P], written
     y,  # [tokens, features_out], written; None without EXPAND
     tokens,
@@ -60,9 +106,12 @@ def apply_kernel(
     v_row,
     v_column,
     gain_stride,
+    mask_row,
     T: tl.constexpr,
     F: tl.constexpr,
     P: tl.constexpr,
+    DROP_X: tl.constexpr,
+    DROP_Y: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GAIN_TENSOR: tl.constexpr,
@@ -82,6 +131,8 @@ def apply_kernel(
         f = start + tl.arange(0, F)
         f_ok = f < features_in
         x_TF = activation_tile(x, t, t_ok, x_row, f, f_ok)
+        if DROP_X:
+            x_TF = dropped(x_TF, mask, t, t_ok, mask_row, f, f_ok)
         u_PF = factor_tile(u, rows, exists, u_row, f, f_ok, u_column, U_ROWS)
         sum_TP = tl.dot(x_TF, tl.trans(u_PF.to(x_TF.dtype)), sum_TP, input_precision=PRECISION)
     if HAS_GAIN_TENSOR:
@@ -98,6 +149,8 @@ def apply_kernel(
             y_TG = tl.dot(h_TP, v_PG.to(h_TP.dtype), input_precision=PRECISION)
             if HAS_BIAS:
                 y_TG += tl.load(bias + g, mask=g_ok, other=0.0).to(tl.float32)[None, :]
+            if DROP_Y:
+                y_TG = dropped(y_TG, mask, t, t_ok, mask_row, g, g_ok)
             tl.store(
                 y + t[:, None] * features_out + g[None, :],
                 y_TG.to(y.dtype.element_ty),
@@ -105,19 +158,22 @@ def apply_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["tokens", "ranks", "tokens_per_split"])
+@triton.jit(do_not_specialize=["tokens", "ranks", "tokens_per_split", "mask_row"])
 def wgrad_kernel(
     p,  # [tokens, P]
     x,  # [tokens, features], row stride x_row
+    mask,  # dropout bits of x, row stride mask_row; None without
     partial,  # fp32 [splits, ranks, features], written
     tokens,
     ranks,
     features,
     x_row,
     tokens_per_split,
+    mask_row,
     T: tl.constexpr,
     F: tl.constexpr,
     P: tl.constexpr,
+    DROP_X: tl.constexpr,
     FEATURES_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -134,6 +190,8 @@ def wgrad_kernel(
         t = start + tl.arange(0, T)
         t_ok = t < last
         x_TF = activation_tile(x, t, t_ok, x_row, f, f_ok)
+        if DROP_X:
+            x_TF = dropped(x_TF, mask, t, t_ok, mask_row, f, f_ok)
         p_TP = tl.load(p + t[:, None] * P + s[None, :], mask=t_ok[:, None], other=0.0)
         if FEATURES_FIRST:
             total = tl.dot(tl.trans(x_TF), p_TP, total, input_precision=PRECISION)

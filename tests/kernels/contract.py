@@ -9,6 +9,7 @@ from fslora_kernels.ops.sketched_linear.reference import reference
 from fslora_kernels.testing import check_error_budget, inputs, value_and_gradients
 
 WITHOUT_DROPOUT = [case for case in CASES if not case.dropout]
+DROPOUT = [case for case in CASES if case.dropout]
 
 
 class SketchedLinearContract:
@@ -41,6 +42,44 @@ class SketchedLinearContract:
                 check_error_budget(
                     value, eager[name], exact[name], name=f"{case.name} {dtype} {name}"
                 )
+
+    def mask(self, tokens, features, *, dropout, seed):
+        """Which features are kept, shown by factors that change nothing."""
+        one = torch.eye(features, device=self.device)
+        x = torch.ones(tokens, features, device=self.device)
+        return self.call(
+            x=x, weight=None, lora_a=one, lora_b=one, dropout=dropout, seed=seed
+        ).bool()
+
+    @pytest.mark.parametrize("case", DROPOUT, ids=lambda case: case.name)
+    def test_dropout_is_one_mask_in_value_and_gradients(self, case):
+        kept = self.mask(case.tokens, case.in_features, dropout=case.dropout, seed=7)
+        dropping = {"dropout": case.dropout, "seed": 7}
+        for dtype in self.dtypes:
+            arguments = inputs(case, dtype, device=self.device)
+            exact_arguments = {
+                name: value.double() if torch.is_tensor(value) and name != "index" else value
+                for name, value in arguments.items()
+            }
+            dy = self.dy(case, dtype)
+            masked = {"kept": kept, "dropout": case.dropout}
+            actual = value_and_gradients(self.call, {**arguments, **dropping}, dy)
+            eager = value_and_gradients(reference, {**arguments, **masked}, dy)
+            exact = value_and_gradients(reference, {**exact_arguments, **masked}, dy.double())
+            for name, value in actual.items():
+                check_error_budget(
+                    value, eager[name], exact[name], name=f"{case.name} {dtype} {name}"
+                )
+
+    def test_dropout_drops_its_share_and_follows_the_seed(self):
+        first, again, other = (self.mask(400, 64, dropout=0.3, seed=seed) for seed in (1, 1, 2))
+        assert torch.equal(first, again)
+        deviation = (0.3 * 0.7 / first.numel()) ** 0.5
+        assert abs(first.float().mean() - 0.7) < 5 * deviation
+        assert abs(other.float().mean() - 0.7) < 5 * deviation
+        both = (first & other).float().mean()
+        assert abs(both - 0.7**2) < 5 * (0.49 * 0.51 / first.numel()) ** 0.5
+        assert not torch.equal(first[0], first[1])
 
     def test_gradients_are_zero_outside_the_index(self):
         case = next(case for case in CASES if case.name == "half")

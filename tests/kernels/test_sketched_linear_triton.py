@@ -139,25 +139,24 @@ def test_bfloat16_is_refused_because_the_interpreter_multiplies_its_bits():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"dropout": 0.5}, "no dropout"),
         (inputs(Case("double", 4, 32, 32, 8, 4), torch.float64), "float64"),
         ({"lora_a": torch.zeros(8, 32).half()}, "both in float32"),
         (inputs(Case("many", 4, 32, 32, 130, 128), torch.float32), "more than 127 ranks"),
     ],
-    ids=["dropout", "float64", "mixed factors", "many ranks"],
+    ids=["float64", "mixed factors", "many ranks"],
 )
 def test_what_the_kernels_do_not_do_is_refused_with_the_reason(change, reason):
     assert reason in refused(change)
 
 
 def test_auto_takes_the_kernels_and_says_why_not():
-    def chosen(dropout):
-        tensors = inputs(Case("auto", 4, 32, 32, 8, 4), torch.float32)
+    def chosen(dtype):
+        tensors = inputs(Case("auto", 4, 32, 32, 8, 4), dtype)
         tensors["lora_b"] = tensors["lora_b"].t()
         names = ("x", "weight", "lora_a", "lora_b", "index", "bias", "scale")
-        return choose(Arguments(*(tensors[name] for name in names), dropout, 0), "auto")
+        return choose(Arguments(*(tensors[name] for name in names), 0.0, 0), "auto")
 
-    assert chosen(0.0).implementation == "triton"
-    passed_over = chosen(0.5)
+    assert chosen(torch.float32).implementation == "triton"
+    passed_over = chosen(torch.float64)
     assert passed_over.implementation == "torch"
-    assert "not triton: the kernels have no dropout" in passed_over.reason
+    assert "not triton: x is torch.float64" in passed_over.reason

@@ -36,7 +36,7 @@ def _select(arguments: Arguments) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def _kept(arguments: Arguments) -> Tensor:
+def _mask(arguments: Arguments) -> Tensor:
     """Regenerate the dropout mask, already divided by the probability of keeping: ``[T, D]``."""
     x_TD = arguments.x
     generator = torch.Generator(x_TD.device).manual_seed(arguments.seed)
@@ -65,22 +65,26 @@ def differentiable(arguments: Arguments) -> Tensor:
     return _outputs(arguments, h_TS, b_SE)
 
 
-def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
+def forward(arguments: Arguments) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return y ``[T, E]`` and h ``[T, S]``, the latter times the gain, as the backward wants it."""
     x_TD = arguments.x
     a_SD, b_SE = _select(arguments)
-    dropped_TD = x_TD * _kept(arguments) if arguments.dropout else x_TD
+    dropped_TD = x_TD * _mask(arguments) if arguments.dropout else x_TD
     h_TS = torch.mm(dropped_TD, a_SD.t()).mul_(arguments.gain)
-    return _outputs(arguments, h_TS, b_SE), h_TS
+    return _outputs(arguments, h_TS, b_SE), (h_TS,)
 
 
 def backward(
-    arguments: Arguments, h_TS: Tensor, dy_TE: Tensor, needs: tuple[bool, bool, bool]
+    arguments: Arguments,
+    kept: tuple[Tensor, ...],
+    dy_TE: Tensor,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, A and B (those that ``needs`` asks for).
 
     A and B's gradients have the shapes of the arguments: rows outside the index set are zero.
     """
+    (h_TS,) = kept
     needs_x, needs_a, needs_b = needs
     x_TD, index = arguments.x, arguments.index
     a_SD, b_SE = _select(arguments)
@@ -91,14 +95,14 @@ def backward(
     if not (needs_x or needs_a):
         return dx, da, db
     dh_TS = torch.mm(dy_TE, b_SE.t()).mul_(arguments.gain)
-    kept_TD = _kept(arguments) if arguments.dropout else None
+    mask_TD = _mask(arguments) if arguments.dropout else None
     if needs_a:
-        dropped_TD = x_TD if kept_TD is None else x_TD * kept_TD
+        dropped_TD = x_TD if mask_TD is None else x_TD * mask_TD
         da = _widen(torch.mm(dh_TS.t(), dropped_TD), index, arguments.lora_a)
     if needs_x:
         dx = torch.mm(dh_TS, a_SD)
-        if kept_TD is not None:
-            dx.mul_(kept_TD)
+        if mask_TD is not None:
+            dx.mul_(mask_TD)
         if arguments.weight is not None:
             dx.addmm_(dy_TE, arguments.weight.to(x_TD.dtype))
     return dx, da, db

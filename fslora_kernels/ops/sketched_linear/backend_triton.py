@@ -5,7 +5,8 @@ keeps the rounded h, and streams the gathered rows of Bᵀ past it: the delta. W
 exchanged the same kernel turns dy into dh and into the adapter's part of dx. ``wgrad`` sums hᵀ dy
 and dhᵀ x over a fixed split of the tokens, and ``reduce`` adds the splits in their order and writes
 the rows of the index: no atomics, so the gradients are the same bits in every run. The base product
-is torch's, accumulated in place onto the delta.
+is torch's, accumulated in place onto the delta. A dropout mask is drawn once, one bit a feature,
+kept for the backward pass, and applied where the tiles are loaded: no dropped copy of x exists.
 
 What it saves is passes over the activations, and copies of the selected factors. What it does not
 do: it does not split a short batch over more programs, it is not fused into the base product, and
@@ -24,13 +25,21 @@ import torch
 from torch import Tensor
 
 from fslora_kernels._dispatch import interpreting
-from fslora_kernels._tiles import ROW_UNIT, apply_kernel, reduce_kernel, wgrad_kernel
+from fslora_kernels._tiles import (
+    ROW_UNIT,
+    apply_kernel,
+    mask_kernel,
+    reduce_kernel,
+    wgrad_kernel,
+)
 from fslora_kernels.ops.sketched_linear.configurations import (
+    MASK,
     PADDED_RANKS,
     REDUCE,
     TILES,
     Tiles,
     apply_constants,
+    mask_constants,
     reduce_constants,
     wgrad_constants,
 )
@@ -39,6 +48,7 @@ from fslora_kernels.ops.sketched_linear.op import Arguments
 ALIGNMENT = 16  # elements of a row stride, bytes of an address
 MAX_RANKS = 127
 PROGRAMS_PER_PROCESSOR = 2
+MASK_STEPS = 2**16  # values of the random number that decides on one feature
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -105,14 +115,44 @@ def _strides(factor_RF: Tensor) -> tuple[int, int, bool]:
     return row, factor_RF.stride(1), False
 
 
+def _mask(arguments: Arguments) -> Tensor:
+    """Draw the dropout mask of x, eight features to a byte: uint8 ``[T, ⌈D/8⌉]``."""
+    tokens, features = arguments.x.shape
+    mask = torch.empty(tokens, -(-features // 8), dtype=torch.uint8, device=arguments.x.device)
+    if tokens:
+        _launch(
+            mask_kernel,
+            (-(-mask.numel() // MASK.features),),
+            MASK,
+            mask,
+            mask=mask,
+            # 62 bits of it, and one above them: small numbers would be another type.
+            seed=arguments.seed % 2**62 + 2**62,
+            threshold=_threshold(arguments),
+            count=mask.numel(),
+            **mask_constants(),
+        )
+    return mask
+
+
+def _threshold(arguments: Arguments) -> int:
+    return min(round(arguments.dropout * MASK_STEPS), MASK_STEPS - 1)
+
+
 def _apply(
     arguments: Arguments,
     x_TF: Tensor,
     u_RF: Tensor,
     v_RG: Tensor | None,
     bias: Tensor | None = None,
+    *,
+    drop_x: Tensor | None = None,
+    drop_y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return h = gain · x u[I]ᵀ, its ranks padded, and y = h v[I] + bias (None without v)."""
+    """Return h = gain · x u[I]ᵀ, its ranks padded, and y = h v[I] + bias (None without v).
+
+    A mask drops features of x, or of the delta y.
+    """
     tokens, features_in = x_TF.shape
     features_out = 0 if v_RG is None else v_RG.shape[1]
     ranks = _ranks(arguments)
@@ -130,12 +170,17 @@ def _apply(
     u_row, u_column, u_rows = _strides(u_RF)
     v_row, v_column, v_rows = (0, 0, False) if v_RG is None else _strides(v_RG)
     gain, index = arguments.gain, arguments.index
+    mask = drop_x if drop_y is None else drop_y
+    if arguments.dropout:  # what is kept is scaled up, in h and in dh
+        gain = gain * (MASK_STEPS / (MASK_STEPS - _threshold(arguments)))
     # An int would be compiled in, one kernel per value.
     gain = gain.to(torch.float32).contiguous() if isinstance(gain, Tensor) else float(gain)
     constants = apply_constants(
         tiles,
         padded,
         arithmetic,
+        drop_x=drop_x is not None,
+        drop_y=drop_y is not None,
         has_index=index is not None,
         has_bias=bias is not None,
         has_gain_tensor=isinstance(gain, Tensor),
@@ -154,6 +199,7 @@ def _apply(
         index=None if index is None else index.to(torch.int64).contiguous(),
         gain=gain,
         bias=None if bias is None else bias.to(x_TF.dtype).contiguous(),
+        mask=mask,
         h=h_TP,
         y=y_TG,
         tokens=tokens,
@@ -166,12 +212,19 @@ def _apply(
         v_row=v_row,
         v_column=v_column,
         gain_stride=gain.ndim if isinstance(gain, Tensor) else 0,
+        mask_row=0 if mask is None else mask.shape[1],
         **constants,
     )
     return h_TP, y_TG
 
 
-def _wgrad(arguments: Arguments, p_TP: Tensor, x_TF: Tensor, factor_RF: Tensor) -> Tensor:
+def _wgrad(
+    arguments: Arguments,
+    p_TP: Tensor,
+    x_TF: Tensor,
+    factor_RF: Tensor,
+    drop_x: Tensor | None = None,
+) -> Tensor:
     """Return pᵀ x in the rows of the index of a tensor like the factor, strides included."""
     index = arguments.index
     out_RF = torch.empty_like(factor_RF) if index is None else torch.zeros_like(factor_RF)
@@ -196,13 +249,15 @@ def _wgrad(arguments: Arguments, p_TP: Tensor, x_TF: Tensor, factor_RF: Tensor) 
         x_TF,
         p=p_TP,
         x=x_TF,
+        mask=drop_x,
         partial=partial,
         tokens=tokens,
         ranks=ranks,
         features=features,
         x_row=x_row,
         tokens_per_split=tokens_per_split,
-        **wgrad_constants(tiles, padded, arithmetic),
+        mask_row=0 if drop_x is None else drop_x.shape[1],
+        **wgrad_constants(tiles, padded, arithmetic, drop_x=drop_x is not None),
     )
     _launch(
         reduce_kernel,
@@ -228,8 +283,6 @@ def _wgrad(arguments: Arguments, p_TP: Tensor, x_TF: Tensor, factor_RF: Tensor) 
 def refuses(arguments: Arguments) -> str | None:
     """Say why the kernels cannot, or should not, run this call."""
     x_TD, lora_a, lora_b = arguments.x, arguments.lora_a, arguments.lora_b
-    if arguments.dropout:
-        return "the kernels have no dropout; the torch implementation regenerates the mask"
     if x_TD.dtype not in DTYPES:
         return f"x is {x_TD.dtype} and the kernels take float32, float16 and bfloat16"
     if lora_a.dtype != lora_b.dtype or lora_a.dtype not in (x_TD.dtype, torch.float32):
@@ -255,6 +308,8 @@ def _refuses_on_gpu(arguments: Arguments) -> str | None:
     if ("apply", target, "half") not in TILES:
         known = ", ".join(sorted({key[1] for key in TILES} - {"interpreter"}))
         return f"no tiles were chosen for {target} (there are some for {known})"
+    if arguments.dropout and arguments.x.dtype == torch.float32:
+        return "with dropout the float32 kernels spill registers; torch regenerates the mask"
     features = (lora_a.shape[1], lora_b.shape[1])
     if any(size == 0 or size % ALIGNMENT for size in features):
         return (
@@ -269,23 +324,34 @@ def _refuses_on_gpu(arguments: Arguments) -> str | None:
     return None
 
 
-def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
-    """Return y ``[T, E]``, and h times the gain, its ranks padded to a power of two: ``[T, P]``."""
+def forward(arguments: Arguments) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return y ``[T, E]``, and what the backward pass keeps.
+
+    That is h times the gain, its ranks padded to a power of two, ``[T, P]``, and under dropout the
+    mask, one bit a feature.
+    """
     x_TD = arguments.x
-    h_TP, y_TE = _apply(arguments, x_TD, arguments.lora_a, arguments.lora_b, arguments.bias)
+    mask = _mask(arguments) if arguments.dropout else None
+    h_TP, y_TE = _apply(
+        arguments, x_TD, arguments.lora_a, arguments.lora_b, arguments.bias, drop_x=mask
+    )
     if arguments.weight is not None:
         y_TE.addmm_(x_TD, arguments.weight.to(x_TD.dtype).t())
-    return y_TE, h_TP
+    return y_TE, (h_TP,) if mask is None else (h_TP, mask)
 
 
 def backward(
-    arguments: Arguments, h_TP: Tensor, dy_TE: Tensor, needs: tuple[bool, bool, bool]
+    arguments: Arguments,
+    kept: tuple[Tensor, ...],
+    dy_TE: Tensor,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, A and B (those that ``needs`` asks for).
 
     A and B's gradients have the shapes and strides of the arguments; rows outside the index set
     are zero.
     """
+    h_TP, mask = kept if len(kept) == 2 else (*kept, None)
     needs_x, needs_a, needs_b = needs
     dx = da = db = None
     if dy_TE.shape[0]:
@@ -294,10 +360,12 @@ def backward(
         db = _wgrad(arguments, h_TP, dy_TE, arguments.lora_b)
     if not (needs_x or needs_a):
         return dx, da, db
-    expand = arguments.lora_a if needs_x else None
-    dh_TP, dx = _apply(arguments, dy_TE, arguments.lora_b, expand)
+    if needs_x:
+        dh_TP, dx = _apply(arguments, dy_TE, arguments.lora_b, arguments.lora_a, drop_y=mask)
+    else:
+        dh_TP, _ = _apply(arguments, dy_TE, arguments.lora_b, None)
     if needs_a:
-        da = _wgrad(arguments, dh_TP, arguments.x, arguments.lora_a)
+        da = _wgrad(arguments, dh_TP, arguments.x, arguments.lora_a, mask)
     if needs_x and arguments.weight is not None:
         dx.addmm_(dy_TE, arguments.weight.to(dy_TE.dtype))
     return dx, da, db

@@ -55,6 +55,8 @@ CASES = (
     Case("rank_weight", 48, 64, 64, 16, 4, rank_weight=True),
     Case("tensor_scale", 48, 64, 64, 16, 4, tensor_scale=True),
     Case("dropout", 48, 64, 64, 16, 4, dropout=0.25),
+    Case("dropout_compact_bias", 33, 64, 80, 8, None, bias=True, rank_major_b=True, dropout=0.5),
+    Case("dropout_odd", 37, 51, 29, 13, 5, tensor_scale=True, dropout=0.25),
     Case("no_tokens", 0, 64, 64, 16, 4, bias=True),
     Case("one_token", 1, 64, 64, 16, 4),
     Case("many_ranks", 64, 96, 64, 128, 72),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fslora_kernels._tiles import apply_kernel, reduce_kernel, wgrad_kernel
+from fslora_kernels._tiles import apply_kernel, mask_kernel, reduce_kernel, wgrad_kernel
 from fslora_kernels.aot import Variant
 
 PADDED_RANKS = (16, 32, 64, 128)
@@ -93,6 +93,7 @@ TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
     ("wgrad", "gfx942", "ieee"): _by_ranks(*[Tiles(32, 64, stages=2)] * 4),
 }
 REDUCE = Tiles(16, 128)
+MASK = Tiles(1, 1024)
 
 
 def apply_constants(
@@ -100,6 +101,8 @@ def apply_constants(
     padded: int,
     arithmetic: str,
     *,
+    drop_x: bool,
+    drop_y: bool,
     has_index: bool,
     has_bias: bool,
     has_gain_tensor: bool,
@@ -112,6 +115,8 @@ def apply_constants(
         "T": tiles.tokens,
         "F": tiles.features,
         "P": padded,
+        "DROP_X": drop_x,
+        "DROP_Y": drop_y,
         "HAS_INDEX": has_index,
         "HAS_BIAS": has_bias,
         "HAS_GAIN_TENSOR": has_gain_tensor,
@@ -122,15 +127,23 @@ def apply_constants(
     }
 
 
-def wgrad_constants(tiles: Tiles, padded: int, arithmetic: str) -> dict[str, Any]:
+def wgrad_constants(
+    tiles: Tiles, padded: int, arithmetic: str, *, drop_x: bool = False
+) -> dict[str, Any]:
     """Return the compile-time arguments of ``wgrad_kernel``."""
     return {
         "T": tiles.tokens,
         "F": tiles.features,
         "P": padded,
+        "DROP_X": drop_x,
         "FEATURES_FIRST": tiles.features_first,
         "PRECISION": "tf32" if arithmetic == "tf32" else "ieee",
     }
+
+
+def mask_constants() -> dict[str, Any]:
+    """Return the compile-time arguments of ``mask_kernel``."""
+    return {"BYTES": MASK.features}
 
 
 def reduce_constants(*, has_index: bool) -> dict[str, Any]:
@@ -139,21 +152,28 @@ def reduce_constants(*, has_index: bool) -> dict[str, Any]:
 
 
 _APPLY_COUNTS = (
-    "tokens ranks features_in features_out x_row u_row u_column v_row v_column gain_stride"
+    "tokens ranks features_in features_out x_row u_row u_column v_row v_column gain_stride mask_row"
 )
-_WGRAD_COUNTS = "tokens ranks features x_row tokens_per_split"
+_WGRAD_COUNTS = "tokens ranks features x_row tokens_per_split mask_row"
 _REDUCE_COUNTS = "ranks features splits out_row out_column"
-_ALIGNED_POINTERS = ("x", "u", "v", "h", "y", "p", "partial", "out")
+_ALIGNED_POINTERS = ("x", "u", "v", "h", "y", "p", "partial", "out", "mask")
 _ALIGNED = frozenset(_ALIGNED_POINTERS) | {"features", "features_in", "features_out", "x_row"}
-# Contiguous rows in u, in v; whether there is a v; whether there is a bias.
+# Contiguous rows in u, in v; whether there is a v; whether there is a bias; what features are
+# dropped from: the forward pass drops those of x, the backward pass those of dx, which is its y.
 _LAYOUTS = (
-    (True, True, True, False),
-    (True, True, True, True),
-    (True, False, True, False),
-    (True, False, True, True),
-    (False, True, True, False),
-    (True, False, False, False),
-    (False, False, False, False),
+    (True, True, True, False, ""),
+    (True, True, True, True, ""),
+    (True, False, True, False, ""),
+    (True, False, True, True, ""),
+    (False, True, True, False, ""),
+    (True, False, False, False, ""),
+    (False, False, False, False, ""),
+    (True, True, True, False, "x"),
+    (True, True, True, True, "x"),
+    (True, False, True, False, "x"),
+    (True, False, True, True, "x"),
+    (True, True, True, False, "y"),
+    (False, True, True, False, "y"),
 )
 
 
@@ -178,7 +198,10 @@ def variants(target: str) -> Iterator[Variant]:
                 continue
             for factor in dict.fromkeys((x, "fp32")):
                 yield from _apply_variants(target, x, factor, arithmetic, padded, large)
-            yield _wgrad_variant(target, x, arithmetic, padded, large)
+            for drop in (False, True) if arithmetic == "half" else (False,):
+                yield _wgrad_variant(target, x, arithmetic, padded, large, drop=drop)
+    pointers = {"mask": "*u8", "seed": "i64"}
+    yield _variant(mask_kernel, "u8", pointers, "threshold count", mask_constants(), MASK)
     for out, has_index in itertools.product(("fp16", "bf16", "fp32"), (False, True)):
         pointers = {"partial": "*fp32", "out": f"*{out}"}
         if has_index:
@@ -192,9 +215,11 @@ def _apply_variants(
 ) -> Iterator[Variant]:
     tiles = TILES["apply", target, arithmetic][padded]
     label = f"{x} {arithmetic}" if x == factor else f"{x}/{factor} {arithmetic}"
-    for (u_rows, v_rows, expand, has_bias), has_index, gain in itertools.product(
+    for (u_rows, v_rows, expand, has_bias, drop), has_index, gain in itertools.product(
         _LAYOUTS, (False, True), ("fp32", "*fp32")
     ):
+        if drop and arithmetic != "half":
+            continue
         pointers = {"x": f"*{x}", "u": f"*{factor}", "gain": gain, "h": f"*{x}"}
         if expand:
             pointers |= {"v": f"*{factor}", "y": f"*{x}"}
@@ -202,10 +227,14 @@ def _apply_variants(
             pointers["index"] = "*i64"
         if has_bias:
             pointers["bias"] = f"*{x}"
+        if drop:
+            pointers["mask"] = "*u8"
         constants = apply_constants(
             tiles,
             padded,
             arithmetic,
+            drop_x=drop == "x",
+            drop_y=drop == "y",
             has_index=has_index,
             has_bias=has_bias,
             has_gain_tensor=gain == "*fp32",
@@ -217,11 +246,13 @@ def _apply_variants(
 
 
 def _wgrad_variant(
-    target: str, x: str, arithmetic: str, padded: int, large: frozenset[str]
+    target: str, x: str, arithmetic: str, padded: int, large: frozenset[str], *, drop: bool
 ) -> Variant:
     tiles = TILES["wgrad", target, arithmetic][padded]
     pointers = {"p": f"*{x}", "x": f"*{x}", "partial": "*fp32"}
-    constants = wgrad_constants(tiles, padded, arithmetic)
+    if drop:
+        pointers["mask"] = "*u8"
+    constants = wgrad_constants(tiles, padded, arithmetic, drop_x=drop)
     label = f"{x} {arithmetic}"
     return _variant(wgrad_kernel, label, pointers, _WGRAD_COUNTS, constants, tiles, large)
 

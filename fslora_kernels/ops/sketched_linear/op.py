@@ -48,11 +48,15 @@ class Backend(Protocol):
     def refuses(self, arguments: Arguments, /) -> str | None:
         """Why it cannot run this call, or None."""
 
-    def forward(self, arguments: Arguments) -> tuple[Tensor, Tensor]:
-        """Return y ``[T, E]`` and the scaled h ``[T, S]``."""
+    def forward(self, arguments: Arguments) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return y ``[T, E]``, and what the backward pass wants to keep beside the arguments."""
 
     def backward(
-        self, arguments: Arguments, h_TS: Tensor, dy_TE: Tensor, needs: tuple[bool, bool, bool]
+        self,
+        arguments: Arguments,
+        kept: tuple[Tensor, ...],
+        dy_TE: Tensor,
+        needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of x, A and B, in the shapes of the arguments."""
 
@@ -118,9 +122,9 @@ class SketchedLinear(torch.autograd.Function):
         implementation: str,
     ) -> Tensor:
         arguments = Arguments(x, weight, lora_a, lora_b, index, bias, gain, dropout, seed)
-        y_TE, h_TS = backend(implementation).forward(arguments)
+        y_TE, kept = backend(implementation).forward(arguments)
         gain_tensor = gain if isinstance(gain, Tensor) else None
-        ctx.save_for_backward(x, weight, lora_a, lora_b, index, gain_tensor, h_TS)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, index, gain_tensor, *kept)
         ctx.gain = None if gain_tensor is not None else gain
         ctx.dropout, ctx.seed, ctx.implementation = dropout, seed, implementation
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -129,12 +133,12 @@ class SketchedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TE: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, D102
-        x, weight, lora_a, lora_b, index, gain_tensor, h_TS = ctx.saved_tensors
+        x, weight, lora_a, lora_b, index, gain_tensor, *kept = ctx.saved_tensors
         gain = ctx.gain if gain_tensor is None else gain_tensor
         arguments = Arguments(x, weight, lora_a, lora_b, index, None, gain, ctx.dropout, ctx.seed)
         needs_x, needs_weight, needs_a, needs_b, _, needs_bias, *_ = ctx.needs_input_grad
         dx, da, db = backend(ctx.implementation).backward(
-            arguments, h_TS, dy_TE, (needs_x, needs_a, needs_b)
+            arguments, tuple(kept), dy_TE, (needs_x, needs_a, needs_b)
         )
         dweight = torch.mm(dy_TE.t(), x).to(weight.dtype) if needs_weight else None
         dbias = dy_TE.sum(0).to(ctx.bias_dtype) if needs_bias else None
