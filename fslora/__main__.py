@@ -18,6 +18,8 @@ Federated Sketching LoRA: one high-rank adapter, trained by devices of unequal s
 commands:
   simulate   fine-tune a model with simulated clients of unequal strength
   doctor     say which kernels can run on this machine, and why not
+  tune       measure the best tiles for this machine's GPU and keep them
+  bench      time layers, kernels, models and rounds; needs the repository
 
   fslora simulate --preset demo        twenty clients on real text, under two minutes
   fslora COMMAND --help                every flag, explained
@@ -35,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[Sequence[str]], None]] = {
         "simulate": _simulate,
         "doctor": _doctor,
+        "tune": _tune,
+        "bench": _bench,
     }
     if not given or given[0] not in commands:
         wrong = bool(given) and given[0] not in ("-h", "--help")
@@ -139,6 +143,37 @@ def _doctor(arguments: Sequence[str]) -> None:
     from fslora.doctor import doctor
 
     doctor(Console())
+
+
+def _tune(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="fslora tune",
+        description="Measure which tiles the Triton kernels run fastest with on this GPU (about a "
+        "minute) and keep them where every later run finds them.",
+    )
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 …")
+    parser.add_argument("--out", type=Path, help="another file, which you can read or share")
+    chosen = parser.parse_args(arguments)
+    from rich.console import Console
+
+    from fslora.tune import tune
+
+    tune(chosen.device, chosen.out, Console())
+
+
+def _bench(arguments: Sequence[str]) -> None:
+    import subprocess
+
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks/__main__.py").is_file():
+        raise FileNotFoundError(
+            "the benchmarks are in the repository and not in the installed package: clone it, call "
+            "`pip install -e '.[dev]'` there, then `fslora bench` or `python -m benchmarks`"
+        )
+    # A process of its own: this package knows nothing of the benchmarks but where they are.
+    start = "import sys; sys.path.insert(0, sys.argv.pop(1)); import benchmarks.__main__ as b; "
+    command = [sys.executable, "-c", start + "sys.exit(b.main())", str(root), *arguments]
+    raise SystemExit(subprocess.run(command, check=False).returncode)
 
 
 if __name__ == "__main__":

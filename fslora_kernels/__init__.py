@@ -15,7 +15,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fslora_kernels._dispatch import IMPLEMENTATIONS, Choice
+from fslora_kernels.ops.grouped_sketched_linear import grouped_sketched_linear
+from fslora_kernels.ops.scatter_mean import scatter_mean
+from fslora_kernels.ops.shared_sketched_linear import Projection, shared_sketched_linear
+from fslora_kernels.ops.sketched_adamw import sketched_adamw
 from fslora_kernels.ops.sketched_linear import sketched_linear
+from fslora_kernels.optim import SketchedAdamW
 from fslora_kernels.weights import Adapters, LoRAWeights, check_index
 
 if TYPE_CHECKING:
@@ -37,13 +42,19 @@ __all__ = [
     "Choice",
     "FuseReport",
     "LoRAWeights",
+    "Projection",
+    "SketchedAdamW",
     "bind",
     "check_index",
     "extract",
     "fuse",
+    "grouped_sketched_linear",
     "modules",
     "scatter",
+    "scatter_mean",
+    "shared_sketched_linear",
     "sketch",
+    "sketched_adamw",
     "sketched_linear",
     "unbind",
     "unfuse",

@@ -16,7 +16,12 @@ from typing import Any
 from fslora_kernels._dispatch import interpreting
 
 # Modules with a function variants(target) that yields what their dispatch can select.
-BACKENDS = ("fslora_kernels.ops.sketched_linear.configurations",)
+BACKENDS = (
+    "fslora_kernels.ops.sketched_linear.configurations",
+    "fslora_kernels.ops.grouped_sketched_linear.configurations",
+    "fslora_kernels.ops.scatter_mean.configurations",
+    "fslora_kernels.ops.sketched_adamw.configurations",
+)
 MAX_DIVISIBILITY = 16
 
 

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from fslora import __main__ as cli
 from fslora import checkpoint
 from fslora.__main__ import main
 from fslora.config import SimulateConfig, merged, read_settings
@@ -44,6 +45,23 @@ def test_a_whole_run_prints_a_table_and_its_report(settings, capsys):
     assert "of full rank" in out
     assert "12.5%" in out
     assert "report.html" in out.replace("\n", "")
+
+
+def test_bench_runs_the_repository_s_benchmarks_or_says_how_to_get_them(
+    capfd, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)  # from anywhere
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "layer", "--list", "--device", "cpu", "--shapes", "square-768-t512"])
+    assert stop.value.code == 0
+    assert "768→768, S/R = 1/16" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "fast"])
+    assert stop.value.code == 2
+    assert "no benchmark 'fast'" in capfd.readouterr().err
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages/fslora/__main__.py"))
+    assert main(["bench"]) == 2
+    assert "in the repository and not in the installed package" in capfd.readouterr().err
 
 
 BAD = {

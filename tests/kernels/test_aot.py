@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 
-from fslora_kernels import aot
+from fslora_kernels import _launch, aot
 from fslora_kernels._dispatch import interpreting
 from fslora_kernels.ops.sketched_linear.cases import Case
 from fslora_kernels.ops.sketched_linear.op import Arguments
@@ -200,8 +200,8 @@ def test_launches_ask_for_the_enumerated_compilations_and_no_others(target, monk
         assert all(size > 0 for size in grid)
         asked.add(specialisation(kernel, target, arguments, tiles))
 
-    monkeypatch.setattr(backend_triton, "_launch", record)
-    monkeypatch.setattr(backend_triton, "_target", lambda device: (target.name, 100))
+    monkeypatch.setattr(_launch, "launch", record)
+    monkeypatch.setattr(_launch, "target_of", lambda device: (target.name, 100))
     for dtype, factor_dtype, precision in KINDS:
         with fp32_precision(precision):
             for arguments in calls(dtype, factor_dtype):
@@ -226,7 +226,7 @@ def test_launches_ask_for_the_enumerated_compilations_and_no_others(target, monk
 
 
 def gpu_call(monkeypatch, target="sm_90", **changes):
-    monkeypatch.setattr(backend_triton, "_target", lambda device: (target, 132))
+    monkeypatch.setattr(_launch, "target_of", lambda device: (target, 132))
     tensors = {**inputs(Case("call", 3, 32, 48, 8, 4), torch.bfloat16), **changes}
     tensors["lora_b"] = tensors["lora_b"].t()
     names = ("x", "weight", "lora_a", "lora_b", "index", "bias", "scale")
@@ -247,11 +247,11 @@ def test_on_a_gpu_what_was_not_compiled_is_refused(monkeypatch):
 def test_misaligned_activations_are_copied_once_and_others_not():
     good = torch.zeros(4, 96, dtype=torch.bfloat16)
     for view in (good, good[:, :32], good[:1, :32], good[:1].expand(4, 96)):
-        rows, stride = backend_triton._rows(view)
+        rows, stride = _launch.rows(view)
         assert rows is view
         assert stride % 16 == 0
     for view in (good.t(), good[:, 1:33], torch.zeros(4, 100)[:, :32], good[0, 0].expand(4, 96)):
-        rows, stride = backend_triton._rows(view)
+        rows, stride = _launch.rows(view)
         assert rows is not view
         assert torch.equal(rows, view)
         assert rows.stride() == (stride, 1)

@@ -91,14 +91,14 @@ def backward(
     dx = da = db = None
     if needs_b:
         # hᵀ dy rather than dyᵀ h: several times faster on a CPU, and one rank is one row.
-        db = _widen(torch.mm(h_TS.t(), dy_TE), index, arguments.lora_b)
+        db = widen(torch.mm(h_TS.t(), dy_TE), index, arguments.lora_b)
     if not (needs_x or needs_a):
         return dx, da, db
     dh_TS = torch.mm(dy_TE, b_SE.t()).mul_(arguments.gain)
     mask_TD = _mask(arguments) if arguments.dropout else None
     if needs_a:
         dropped_TD = x_TD if mask_TD is None else x_TD * mask_TD
-        da = _widen(torch.mm(dh_TS.t(), dropped_TD), index, arguments.lora_a)
+        da = widen(torch.mm(dh_TS.t(), dropped_TD), index, arguments.lora_a)
     if needs_x:
         dx = torch.mm(dh_TS, a_SD)
         if mask_TD is not None:
@@ -108,7 +108,7 @@ def backward(
     return dx, da, db
 
 
-def _widen(rows: Tensor, index: Tensor | None, like: Tensor) -> Tensor:
+def widen(rows: Tensor, index: Tensor | None, like: Tensor) -> Tensor:
     """Put the rows of the selected ranks into a zero matrix, or keep them if all are there."""
     rows = rows.to(like.dtype)
     if index is None:

@@ -19,14 +19,12 @@ x and dy may have any strides, but rows that are not contiguous and aligned are 
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
+from fslora_kernels import _launch
 from fslora_kernels._dispatch import interpreting
 from fslora_kernels._tiles import (
-    ROW_UNIT,
     apply_kernel,
     mask_kernel,
     reduce_kernel,
@@ -44,37 +42,22 @@ from fslora_kernels.ops.sketched_linear.configurations import (
     wgrad_constants,
 )
 from fslora_kernels.ops.sketched_linear.op import Arguments
+from fslora_kernels.tuning import measured_tiles
 
-ALIGNMENT = 16  # elements of a row stride, bytes of an address
-MAX_RANKS = 127
 PROGRAMS_PER_PROCESSOR = 2
 MASK_STEPS = 2**16  # values of the random number that decides on one feature
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 # -- where it runs ---------------------------------------------------------------------------------
 
 
-@cache
-def _gpu(device: torch.device) -> tuple[str, int]:
-    """Return the target's name, in ``TILES`` or not, and the number of processors."""
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0], properties.multi_processor_count
-    return f"sm_{properties.major}0", properties.multi_processor_count
-
-
-def _target(device: torch.device) -> tuple[str, int]:
-    return ("interpreter", 2) if interpreting() else _gpu(device)
-
-
-def _arithmetic(dtype: torch.dtype, target: str) -> str:
-    if target == "interpreter":
-        return "ieee"
-    if dtype != torch.float32:
-        return "half"
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and target.startswith("sm_")
-    return "tf32" if tf32 else "ieee"
+def tiles_for(kernel: str, device: torch.device, arithmetic: str, padded: int) -> Tiles:
+    """Return the tiles that were measured on the device, or those that were chosen by compiling."""
+    default = TILES[kernel, _launch.target_of(device)[0], arithmetic][padded]
+    if device.type != "cuda":
+        return default
+    name = torch.cuda.get_device_name(device)
+    return measured_tiles(name).get((kernel, arithmetic, padded), default)
 
 
 def _padded(ranks: int) -> int:
@@ -89,38 +72,12 @@ def _ranks(arguments: Arguments) -> int:
 # -- launchers -------------------------------------------------------------------------------------
 
 
-def _launch(kernel, grid: tuple[int, ...], tiles: Tiles, like: Tensor, **arguments) -> None:
-    with torch.cuda.device_of(like):
-        kernel[grid](
-            **arguments, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True
-        )
-
-
-def _rows(x_TF: Tensor) -> tuple[Tensor, int]:
-    """Return x, or one copy, with rows of consecutive, aligned features; and its row stride."""
-    tokens, features = x_TF.shape
-    stride = x_TF.stride(0) if tokens > 1 else features
-    aligned = stride % ALIGNMENT == 0 and x_TF.data_ptr() % ALIGNMENT == 0
-    if x_TF.stride(1) == 1 and (aligned or interpreting()):
-        return x_TF, stride
-    return x_TF.clone(memory_format=torch.contiguous_format), features
-
-
-def _strides(factor_RF: Tensor) -> tuple[int, int, bool]:
-    """Return the strides of a factor as ``factor_tile`` takes them: ranks, features, ROWS."""
-    ranks, features = factor_RF.shape
-    row = factor_RF.stride(0) if ranks > 1 else features
-    if factor_RF.stride(1) == 1 and row % ROW_UNIT.value == 0:
-        return row // ROW_UNIT.value, 1, True
-    return row, factor_RF.stride(1), False
-
-
 def _mask(arguments: Arguments) -> Tensor:
     """Draw the dropout mask of x, eight features to a byte: uint8 ``[T, ⌈D/8⌉]``."""
     tokens, features = arguments.x.shape
     mask = torch.empty(tokens, -(-features // 8), dtype=torch.uint8, device=arguments.x.device)
     if tokens:
-        _launch(
+        _launch.launch(
             mask_kernel,
             (-(-mask.numel() // MASK.features),),
             MASK,
@@ -139,7 +96,7 @@ def _threshold(arguments: Arguments) -> int:
     return min(round(arguments.dropout * MASK_STEPS), MASK_STEPS - 1)
 
 
-def _apply(
+def apply(
     arguments: Arguments,
     x_TF: Tensor,
     u_RF: Tensor,
@@ -148,6 +105,7 @@ def _apply(
     *,
     drop_x: Tensor | None = None,
     drop_y: Tensor | None = None,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return h = gain · x u[I]ᵀ, its ranks padded, and y = h v[I] + bias (None without v).
 
@@ -163,12 +121,12 @@ def _apply(
         y_TG = torch.empty(tokens, features_out, dtype=x_TF.dtype, device=x_TF.device)
     if not tokens:
         return h_TP, y_TG
-    target, _ = _target(x_TF.device)
-    arithmetic = _arithmetic(x_TF.dtype, target)
-    tiles = TILES["apply", target, arithmetic][padded]
-    x_TF, x_row = _rows(x_TF)
-    u_row, u_column, u_rows = _strides(u_RF)
-    v_row, v_column, v_rows = (0, 0, False) if v_RG is None else _strides(v_RG)
+    target, _ = _launch.target_of(x_TF.device)
+    arithmetic = _launch.arithmetic_of(x_TF.dtype, target)
+    tiles = tiles or tiles_for("apply", x_TF.device, arithmetic, padded)
+    x_TF, x_row = _launch.rows(x_TF)
+    u_row, u_column, u_rows = _launch.strides(u_RF)
+    v_row, v_column, v_rows = (0, 0, False) if v_RG is None else _launch.strides(v_RG)
     gain, index = arguments.gain, arguments.index
     mask = drop_x if drop_y is None else drop_y
     if arguments.dropout:  # what is kept is scaled up, in h and in dh
@@ -188,7 +146,7 @@ def _apply(
         v_rows=v_rows,
         expand=v_RG is not None,
     )
-    _launch(
+    _launch.launch(
         apply_kernel,
         (-(-tokens // tiles.tokens),),
         tiles,
@@ -218,12 +176,14 @@ def _apply(
     return h_TP, y_TG
 
 
-def _wgrad(
+def wgrad(
     arguments: Arguments,
     p_TP: Tensor,
     x_TF: Tensor,
     factor_RF: Tensor,
     drop_x: Tensor | None = None,
+    *,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """Return pᵀ x in the rows of the index of a tensor like the factor, strides included."""
     index = arguments.index
@@ -232,17 +192,17 @@ def _wgrad(
     if not tokens:
         return out_RF.zero_()
     ranks, padded = _ranks(arguments), p_TP.shape[1]
-    target, processors = _target(x_TF.device)
-    arithmetic = _arithmetic(x_TF.dtype, target)
-    tiles = TILES["wgrad", target, arithmetic][padded]
-    x_TF, x_row = _rows(x_TF)
+    target, processors = _launch.target_of(x_TF.device)
+    arithmetic = _launch.arithmetic_of(x_TF.dtype, target)
+    tiles = tiles or tiles_for("wgrad", x_TF.device, arithmetic, padded)
+    x_TF, x_row = _launch.rows(x_TF)
     # Enough programs for every processor, split the same way for the same shape on the same device.
     columns, blocks = -(-features // tiles.features), -(-tokens // tiles.tokens)
     splits = min(blocks, max(1, PROGRAMS_PER_PROCESSOR * processors // columns))
     tokens_per_split = -(-blocks // splits) * tiles.tokens
     splits = -(-tokens // tokens_per_split)
     partial = torch.empty(splits, ranks, features, dtype=torch.float32, device=x_TF.device)
-    _launch(
+    _launch.launch(
         wgrad_kernel,
         (columns, splits),
         tiles,
@@ -259,7 +219,7 @@ def _wgrad(
         mask_row=0 if drop_x is None else drop_x.shape[1],
         **wgrad_constants(tiles, padded, arithmetic, drop_x=drop_x is not None),
     )
-    _launch(
+    _launch.launch(
         reduce_kernel,
         (-(-features // REDUCE.features), -(-ranks // REDUCE.tokens)),
         REDUCE,
@@ -283,17 +243,17 @@ def _wgrad(
 def refuses(arguments: Arguments) -> str | None:
     """Say why the kernels cannot, or should not, run this call."""
     x_TD, lora_a, lora_b = arguments.x, arguments.lora_a, arguments.lora_b
-    if x_TD.dtype not in DTYPES:
+    if x_TD.dtype not in _launch.DTYPES:
         return f"x is {x_TD.dtype} and the kernels take float32, float16 and bfloat16"
     if lora_a.dtype != lora_b.dtype or lora_a.dtype not in (x_TD.dtype, torch.float32):
         return (
             f"lora_a is {lora_a.dtype} and lora_b {lora_b.dtype}, and the kernels take both in "
             f"x's {x_TD.dtype} or both in float32"
         )
-    if _ranks(arguments) > MAX_RANKS:
+    if _ranks(arguments) > _launch.MAX_RANKS:
         return (
-            f"more than {MAX_RANKS} ranks are selected, for which torch's matrix products are "
-            "better suited"
+            f"more than {_launch.MAX_RANKS} ranks are selected, for which torch's matrix products "
+            "are better suited"
         )
     if interpreting():
         if x_TD.dtype == torch.bfloat16:
@@ -304,23 +264,24 @@ def refuses(arguments: Arguments) -> str | None:
 
 def _refuses_on_gpu(arguments: Arguments) -> str | None:
     lora_a, lora_b = arguments.lora_a, arguments.lora_b
-    target, _ = _target(arguments.x.device)
+    target, _ = _launch.target_of(arguments.x.device)
     if ("apply", target, "half") not in TILES:
         known = ", ".join(sorted({key[1] for key in TILES} - {"interpreter"}))
         return f"no tiles were chosen for {target} (there are some for {known})"
     if arguments.dropout and arguments.x.dtype == torch.float32:
         return "with dropout the float32 kernels spill registers; torch regenerates the mask"
     features = (lora_a.shape[1], lora_b.shape[1])
-    if any(size == 0 or size % ALIGNMENT for size in features):
+    if any(size == 0 or size % _launch.ALIGNMENT for size in features):
         return (
-            f"in_features and out_features must be multiples of {ALIGNMENT}, else the kernels "
-            f"spill registers, but are {features[0]} and {features[1]}"
+            f"in_features and out_features must be multiples of {_launch.ALIGNMENT}, else the "
+            f"kernels spill registers, but are {features[0]} and {features[1]}"
         )
-    if not _strides(lora_a)[2]:
+    if not _launch.strides(lora_a)[2]:
         return "lora_a's rows are not contiguous and aligned; pass lora_a.contiguous()"
     for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)):
-        if factor.data_ptr() % ALIGNMENT:
-            return f"{name} does not start at a multiple of {ALIGNMENT} bytes; pass {name}.clone()"
+        if factor.data_ptr() % _launch.ALIGNMENT:
+            unit = _launch.ALIGNMENT
+            return f"{name} does not start at a multiple of {unit} bytes; pass {name}.clone()"
     return None
 
 
@@ -332,7 +293,7 @@ def forward(arguments: Arguments) -> tuple[Tensor, tuple[Tensor, ...]]:
     """
     x_TD = arguments.x
     mask = _mask(arguments) if arguments.dropout else None
-    h_TP, y_TE = _apply(
+    h_TP, y_TE = apply(
         arguments, x_TD, arguments.lora_a, arguments.lora_b, arguments.bias, drop_x=mask
     )
     if arguments.weight is not None:
@@ -355,17 +316,17 @@ def backward(
     needs_x, needs_a, needs_b = needs
     dx = da = db = None
     if dy_TE.shape[0]:
-        dy_TE, _ = _rows(dy_TE)
+        dy_TE, _ = _launch.rows(dy_TE)
     if needs_b:
-        db = _wgrad(arguments, h_TP, dy_TE, arguments.lora_b)
+        db = wgrad(arguments, h_TP, dy_TE, arguments.lora_b)
     if not (needs_x or needs_a):
         return dx, da, db
     if needs_x:
-        dh_TP, dx = _apply(arguments, dy_TE, arguments.lora_b, arguments.lora_a, drop_y=mask)
+        dh_TP, dx = apply(arguments, dy_TE, arguments.lora_b, arguments.lora_a, drop_y=mask)
     else:
-        dh_TP, _ = _apply(arguments, dy_TE, arguments.lora_b, None)
+        dh_TP, _ = apply(arguments, dy_TE, arguments.lora_b, None)
     if needs_a:
-        da = _wgrad(arguments, dh_TP, arguments.x, arguments.lora_a, mask)
+        da = wgrad(arguments, dh_TP, arguments.x, arguments.lora_a, mask)
     if needs_x and arguments.weight is not None:
         dx.addmm_(dy_TE, arguments.weight.to(dy_TE.dtype))
     return dx, da, db

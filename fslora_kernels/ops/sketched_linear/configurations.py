@@ -83,13 +83,9 @@ TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
     ("wgrad", "sm_100", "ieee"): _by_ranks(
         *[Tiles(32, 64)] * 2, Tiles(32, 64, warps=8), Tiles(32, 64, features_first=True)
     ),
-    ("apply", "gfx942", "half"): _by_ranks(
-        Tiles(64, 128, stages=2), *[Tiles(64, 32, stages=2)] * 3
-    ),
+    ("apply", "gfx942", "half"): _by_ranks(Tiles(64, 64, stages=2), *[Tiles(64, 32, stages=2)] * 3),
     ("apply", "gfx942", "ieee"): _by_ranks(*[Tiles(64, 64, stages=2)] * 4),
-    ("wgrad", "gfx942", "half"): _by_ranks(
-        *[Tiles(64, 128, stages=2)] * 3, Tiles(64, 64, stages=2)
-    ),
+    ("wgrad", "gfx942", "half"): _by_ranks(*[Tiles(64, 64, stages=2)] * 4),
     ("wgrad", "gfx942", "ieee"): _by_ranks(*[Tiles(32, 64, stages=2)] * 4),
 }
 REDUCE = Tiles(16, 128)
@@ -196,10 +192,12 @@ def variants(target: str) -> Iterator[Variant]:
         ):
             if amd and arithmetic == "tf32":
                 continue
-            for factor in dict.fromkeys((x, "fp32")):
-                yield from _apply_variants(target, x, factor, arithmetic, padded, large)
-            for drop in (False, True) if arithmetic == "half" else (False,):
-                yield _wgrad_variant(target, x, arithmetic, padded, large, drop=drop)
+            for tiles in _selectable("apply", target, arithmetic, padded):
+                for factor in dict.fromkeys((x, "fp32")):
+                    yield from _apply_variants(tiles, x, factor, arithmetic, padded, large)
+            for tiles in _selectable("wgrad", target, arithmetic, padded):
+                for drop in (False, True) if arithmetic == "half" else (False,):
+                    yield _wgrad_variant(tiles, x, arithmetic, padded, large, drop=drop)
     pointers = {"mask": "*u8", "seed": "i64"}
     yield _variant(mask_kernel, "u8", pointers, "threshold count", mask_constants(), MASK)
     for out, has_index in itertools.product(("fp16", "bf16", "fp32"), (False, True)):
@@ -207,13 +205,22 @@ def variants(target: str) -> Iterator[Variant]:
         if has_index:
             pointers["index"] = "*i64"
         constants = reduce_constants(has_index=has_index)
-        yield _variant(reduce_kernel, out, pointers, _REDUCE_COUNTS, constants, REDUCE)
+        # One label: they differ by a cast, so few compilations stand for them.
+        yield _variant(reduce_kernel, "any dtype", pointers, _REDUCE_COUNTS, constants, REDUCE)
+
+
+def _selectable(kernel: str, target: str, arithmetic: str, padded: int) -> Iterator[Tiles]:
+    """Yield the default tiles and those that the shipped tables have for a target's devices."""
+    from fslora_kernels.tuning import shipped
+
+    default = TILES[kernel, target, arithmetic][padded]
+    key = (kernel, arithmetic, padded)
+    yield from dict.fromkeys([default, *(table.get(key, default) for table in shipped(target))])
 
 
 def _apply_variants(
-    target: str, x: str, factor: str, arithmetic: str, padded: int, large: frozenset[str]
+    tiles: Tiles, x: str, factor: str, arithmetic: str, padded: int, large: frozenset[str]
 ) -> Iterator[Variant]:
-    tiles = TILES["apply", target, arithmetic][padded]
     label = f"{x} {arithmetic}" if x == factor else f"{x}/{factor} {arithmetic}"
     for (u_rows, v_rows, expand, has_bias, drop), has_index, gain in itertools.product(
         _LAYOUTS, (False, True), ("fp32", "*fp32")
@@ -246,9 +253,8 @@ def _apply_variants(
 
 
 def _wgrad_variant(
-    target: str, x: str, arithmetic: str, padded: int, large: frozenset[str], *, drop: bool
+    tiles: Tiles, x: str, arithmetic: str, padded: int, large: frozenset[str], *, drop: bool
 ) -> Variant:
-    tiles = TILES["wgrad", target, arithmetic][padded]
     pointers = {"p": f"*{x}", "x": f"*{x}", "partial": "*fp32"}
     if drop:
         pointers["mask"] = "*u8"

@@ -61,7 +61,7 @@ def sketched_linear(
 
     Source: arXiv 2501.19389.
     """
-    _check(x, weight, lora_a, lora_b, index, bias, rank_weight)
+    check(x, weight, lora_a, lora_b, index, bias, rank_weight)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     gain = scale if rank_weight is None else rank_weight * scale
@@ -89,9 +89,7 @@ def unchecked(
 
     The arguments are those of ``op.Arguments``: B is rank-major ``[rank, out_features]``.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    x = in_compute_dtype(x)
     if not dropout:
         seed = 0
     elif seed is None:
@@ -103,7 +101,15 @@ def unchecked(
     return y_TE if x.ndim == 2 else y_TE.view(*x.shape[:-1], y_TE.shape[1])
 
 
-def _check(
+def in_compute_dtype(x: Tensor) -> Tensor:
+    """Return x in the dtype that the products are computed in: autocast's where it is on."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def check(
     x: Tensor,
     weight: Tensor | None,
     lora_a: Tensor,
@@ -112,6 +118,11 @@ def _check(
     bias: Tensor | None,
     rank_weight: Tensor | None,
 ) -> None:
+    """Refuse arguments of ``sketched_linear`` that do not fit together.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
     if lora_a.ndim != 2 or lora_b.ndim != 2 or lora_a.shape[0] != lora_b.shape[1]:
         raise ValueError(
             "lora_a must be [rank, in_features] and lora_b [out_features, rank], got "

@@ -1,0 +1,52 @@
+"""Measure the best tiles for a GPU, and say where they are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fslora_kernels import tuning
+from fslora_kernels._dispatch import unavailable
+
+
+def tune(device: str, out: Path | None, console: Console) -> Path:
+    """Tune, print each result as it comes, and write the table.
+
+    Args:
+        device: torch's device.
+        out: file of the table; None is where later runs look for it.
+        console: where to print.
+
+    Returns:
+        The file.
+
+    Raises:
+        NotImplementedError: Triton kernels cannot run there, so there is nothing to tune.
+    """
+    where = torch.device(device)
+    reason = unavailable("triton", where.type)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        reason = "torch sees no GPU"
+    if reason is not None:
+        raise NotImplementedError(
+            f"nothing to tune on {device!r}: {reason}. On a CPU the torch implementation runs, "
+            "which has no tiles; call this on the machine with the GPU"
+        )
+    from triton.testing import do_bench
+
+    from fslora_kernels._launch import target_of
+
+    name = torch.cuda.get_device_name(where)
+    rows = []
+    for row in tuning.tune(where, measure=do_bench):
+        rows.append(row)
+        console.print(
+            f"{row.kernel:<6} {row.ranks:>4} ranks   {1 / row.over_default:5.2f} × as fast as the "
+            f"default   best of {row.tried}: {row.tiles}"
+        )
+    path = out or tuning.own_folder() / tuning.file_name(name)
+    tuning.save(path, name, target_of(where)[0], rows)
+    console.print(f"kept in {path}")
+    return path

@@ -1,0 +1,74 @@
+"""The public function: checks, flattening, dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fslora_kernels.ops.shared_sketched_linear.op import SharedSketchedLinear
+from fslora_kernels.ops.sketched_linear.interface import check, in_compute_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """One of the layers: the arguments of ``sketched_linear`` beside x.
+
+    Attributes:
+        weight: ``[out_features, in_features]``; None gives the delta alone.
+        lora_a: ``[rank, in_features]``.
+        lora_b: ``[out_features, rank]``, any strides.
+        index: int64 ``[sketch_size]``, ascending; None uses every rank.
+        bias: ``[out_features]``.
+        scale: factor of the delta, the correction rank / sketch_size included.
+    """
+
+    weight: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    index: Tensor | None = None
+    bias: Tensor | None = None
+    scale: float = 1.0
+
+
+def shared_sketched_linear(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """Return ``sketched_linear(x, ...)`` of each projection, reading x once for all their deltas.
+
+    The selected rows of all A are multiplied with x as one matrix, and so are their gradients. The
+    gradient of x is written by one product and accumulated in place by the base products, instead
+    of being added up from one tensor per projection. It runs on torch's products everywhere: they
+    read x once, as a kernel of our own would. Ranks and index sets may differ between projections.
+    There is no dropout: independent masks would ask for an input of its own for each.
+
+    Args:
+        x: ``[..., in_features]``, any strides.
+        projections: at least one.
+
+    Returns:
+        ``[..., out_features]`` for each, in their order.
+
+    Raises:
+        ValueError: no projection, or shapes, devices or an index set do not fit together.
+
+    Example:
+        >>> x, one = torch.ones(2, 4), torch.eye(4)
+        >>> key, value = Projection(one, one, one), Projection(None, one, one)
+        >>> k, v = shared_sketched_linear(x, [key, value])
+        >>> k[0, 0].item(), v[0, 0].item()
+        (2.0, 1.0)
+
+    Source: arXiv 2501.19389, for several layers at once.
+    """
+    if not projections:
+        raise ValueError("shared_sketched_linear needs at least one projection")
+    tensors: list[Tensor | None] = []
+    for p in projections:
+        check(x, p.weight, p.lora_a, p.lora_b, p.index, p.bias, None)
+        tensors += (p.weight, p.lora_a, p.lora_b.t(), p.index, p.bias)
+    x_TD = in_compute_dtype(x).reshape(-1, x.shape[-1])
+    scales = tuple(p.scale for p in projections)
+    outputs: tuple[Tensor, ...] = SharedSketchedLinear.apply(  # type: ignore[no-untyped-call]
+        x_TD, scales, *tensors
+    )
+    return tuple(y_TE.view(*x.shape[:-1], y_TE.shape[1]) for y_TE in outputs)

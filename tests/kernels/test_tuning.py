@@ -1,0 +1,137 @@
+"""Tables of measured tiles: what is kept is what launches use, and nothing wrong is kept."""
+
+import json
+
+import pytest
+import torch
+
+from fslora_kernels import tuning
+from fslora_kernels._dispatch import interpreting
+from fslora_kernels.ops.sketched_linear import configurations
+from fslora_kernels.ops.sketched_linear.configurations import PADDED_RANKS, TILES, Tiles
+from fslora_kernels.tuning import Measured
+
+SHAPE = (40, 32, 48)
+ROWS = [
+    Measured("apply", "half", 16, Tiles(32, 128, warps=4, stages=4), 0.8, 6),
+    Measured("wgrad", "half", 64, Tiles(64, 64, stages=4, features_first=True), 1.0, 6),
+]
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    """Neither the user's own tables nor the shipped ones take part."""
+    monkeypatch.setattr(tuning, "own_folder", lambda: tmp_path / "own")
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    tuning.measured_tiles.cache_clear()
+    yield tmp_path
+    tuning.measured_tiles.cache_clear()
+
+
+def test_the_users_table_comes_before_the_shipped_one_and_both_before_none(folders):
+    assert tuning.measured_tiles("NVIDIA H200") == {}
+    tuning.save(folders / "shipped/nvidia-h200.json", "NVIDIA H200", "sm_90", ROWS)
+    found = tuning.measured_tiles("NVIDIA H200")
+    assert found == {(row.kernel, row.arithmetic, row.ranks): row.tiles for row in ROWS}
+    tuning.save(folders / "own/nvidia-h200.json", "NVIDIA H200", "sm_90", ROWS[:1])
+    assert tuning.measured_tiles("NVIDIA H200").keys() == {("apply", "half", 16)}
+    assert tuning.measured_tiles("NVIDIA L4") == {}
+
+
+def test_shipped_tables_are_among_what_is_compiled_ahead_of_time(folders):
+    tuning.save(folders / "shipped/nvidia-h200.json", "NVIDIA H200", "sm_90", ROWS)
+    before = {target: list(configurations.variants(target)) for target in ("sm_80", "sm_90")}
+    (folders / "shipped/nvidia-h200.json").unlink()
+    assert len(before["sm_80"]) == len(list(configurations.variants("sm_80")))
+    added = [v for v in before["sm_90"] if v not in list(configurations.variants("sm_90"))]
+    assert {(v.kernel, v.constants["P"], v.constants["T"]) for v in added} == {
+        ("apply", 16, 32),
+        ("wgrad", 64, 64),
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", '{"tiles": [{"kernel": "apply"}]}', b"\xff".decode("latin-1")],
+    ids=["empty", "no tiles", "half an entry", "noise"],
+)
+def test_a_broken_table_is_named_with_the_remedy(folders, text):
+    path = folders / "own/nvidia-h200.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"nvidia-h200.json is not a table .* `fslora tune`"):
+        tuning.measured_tiles("NVIDIA H200")
+
+
+def test_sizes_that_no_kernel_takes_are_refused(folders):
+    path = folders / "table.json"
+    tuning.save(path, "NVIDIA H200", "sm_90", ROWS)
+    table = json.loads(path.read_text())
+    table["tiles"][0]["tiles"]["tokens"] = 48
+    path.write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="no power of 2"):
+        tuning.load(path)
+
+
+def test_nothing_is_tuned_without_a_gpu(capsys, monkeypatch):
+    from fslora.__main__ import main
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["tune", "--device", "cpu"]) == 2
+    assert "the machine with the GPU" in capsys.readouterr().err
+
+
+# -- in the interpreter ----------------------------------------------------------------------------
+
+interpreted = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1"),
+]
+
+
+def tuned(times):
+    """Tune on a tiny shape, each measurement taking the next of the given times."""
+    clock = iter(times * len(PADDED_RANKS) * 2)
+
+    def measure(function):
+        function()
+        return next(clock)
+
+    cpu = torch.device("cpu")
+    return list(tuning.tune(cpu, measure=measure, shapes=(SHAPE,), dtype=torch.float32))
+
+
+@pytest.mark.usefixtures("folders")
+class TestTune:
+    pytestmark = interpreted
+
+    def test_the_fastest_is_kept_and_no_gain_keeps_the_default(self):
+        rows = tuned([10.0, 9.0, 8.0, 12.0, 7.0, 9.0])
+        assert [(row.kernel, row.ranks) for row in rows] == [
+            (kernel, ranks) for kernel in ("apply", "wgrad") for ranks in PADDED_RANKS
+        ]
+        for row in rows:
+            assert row.tiles == tuning.CANDIDATES[row.kernel][3]
+            assert (row.over_default, row.tried) == (pytest.approx(0.7), 6)
+        for row in tuned([10.0] + [9.9] * 5):
+            assert row.tiles == TILES[row.kernel, "interpreter", "ieee"][row.ranks]
+            assert row.over_default == 1.0
+
+    def test_a_candidate_that_fails_or_computes_something_else_is_left_out(self, monkeypatch):
+        from fslora_kernels.ops.sketched_linear import backend_triton
+
+        right = backend_triton.apply
+        broken, wrong = tuning.CANDIDATES["apply"][:2]
+
+        def apply(*args, tiles=None, **kwargs):
+            if tiles == broken:
+                raise RuntimeError("out of shared memory")
+            h, y = right(*args, tiles=tiles, **kwargs)
+            return h, (y * 1.01 if tiles == wrong else y)
+
+        monkeypatch.setattr(backend_triton, "apply", apply)
+        monkeypatch.setitem(tuning.CANDIDATES, "apply", (broken, wrong))
+        monkeypatch.setitem(tuning.CANDIDATES, "wgrad", ())
+        for row in tuned([5.0]):
+            assert row.tried == 1
+            assert row.tiles == TILES[row.kernel, "interpreter", "ieee"][row.ranks]
