@@ -42,8 +42,8 @@ check-all: lint types imports $(READY)  ## the long tiers too: kills, wide compi
 	$(PYTEST) -m 'not gpu and not interpreter'
 	TRITON_INTERPRET=1 $(PYTEST) -m interpreter
 
-bench: $(READY)  ## a simulated round against the plain PEFT loop
-	$(BIN)/python -m benchmarks round
+bench: $(READY)  ## one adapted layer beside its peers at every sketch ratio (about ten minutes)
+	$(BIN)/python -m benchmarks layer --figure runs/bench.png
 
 gpu: $(READY)  ## every GPU check in one script; says what it skips where there is no GPU
 	$(BIN)/python -m benchmarks gpu

@@ -7,6 +7,10 @@ from importlib import import_module
 
 # Name to (module, one line). Modules are imported when they are asked for.
 BENCHMARKS = {
+    "layer": ("benchmarks.layer", "one adapted layer beside PEFT and other peers, by sketch ratio"),
+    "kernels": ("benchmarks.kernels", "the bare operation in every implementation"),
+    "model": ("benchmarks.model", "a training step of a whole small model: PEFT and ours"),
+    "memory": ("benchmarks.memory", "saved and peak bytes of a decoder layer, also with dropout"),
     "round": ("benchmarks.round", "a simulated round against a plain PEFT loop, in CPU time"),
     "cost": ("benchmarks.cost", "what a sketch ratio saves a client, and what not: counted"),
     "gpu": ("benchmarks.gpu", "every GPU check in one script; a dry run without a GPU"),

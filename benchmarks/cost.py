@@ -10,19 +10,16 @@ the first layer's; its adapter's own operations are the same.)
 from __future__ import annotations
 
 import argparse
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fslora_kernels
+from benchmarks.counting import AliveBytes, addresses, saved_storages
 from benchmarks.timing import append_record, provenance
 from benchmarks.workload import bare, default_model, shared_model, with_adapter
 from fslora.client import heads
@@ -132,16 +129,9 @@ def _step_bytes(model: nn.Module, batch: dict[str, Tensor], leaves: list[Tensor]
     for tensor in [*leaves, *whole]:
         tensor.grad = None
     optimizer = torch.optim.AdamW([*leaves, *whole], fused=True)
-    known = {_address(p) for p in (*model.parameters(), *model.buffers(), *leaves)}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if _address(tensor) not in known:
-            saved[_address(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
-
+    known = addresses([*model.parameters(), *model.buffers(), *leaves])
     with AliveBytes(known) as alive:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with saved_storages(known) as saved:
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()
@@ -159,50 +149,8 @@ def _step_bytes(model: nn.Module, batch: dict[str, Tensor], leaves: list[Tensor]
     }
 
 
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
 def _gradient_bytes(leaf: Tensor) -> int:
     return 0 if leaf.grad is None else leaf.grad.nbytes
-
-
-class AliveBytes(TorchDispatchMode):
-    """Follows every storage that an operation makes until it is freed, on any device.
-
-    Scratch space inside one operation is not seen.
-
-    Attributes:
-        peak: most bytes alive at once.
-    """
-
-    def __init__(self, known: set[int]) -> None:
-        """Start at zero; ``known`` are addresses that existed before and do not count."""
-        super().__init__()
-        self.peak = 0
-        self._known = known
-        self._alive: dict[int, int] = {}
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,  # noqa: ANN401
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._follow(tensor)
-        return result
-
-    def _follow(self, tensor: Tensor) -> None:
-        address, storage = _address(tensor), tensor.untyped_storage()
-        if not address or address in self._known or address in self._alive:
-            return
-        self._alive[address] = storage.nbytes()
-        weakref.finalize(storage, self._alive.pop, address)
-        self.peak = max(self.peak, sum(self._alive.values()))
 
 
 def language_batch(model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:

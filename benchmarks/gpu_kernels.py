@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.gpu import Row, Setting
+from benchmarks.peers import peft_layer
+from benchmarks.roofline import least_time
 from fslora_kernels import sketched_linear
-from fslora_kernels.ops.sketched_linear import cost
 from fslora_kernels.ops.sketched_linear.reference import reference
 from fslora_kernels.testing import check_error_budget
 
@@ -152,7 +153,7 @@ def _compare(
     lora_a = draw(size, shape.in_features, std=shape.in_features**-0.5).requires_grad_()
     leaf_b = draw(size, shape.out_features, std=size**-0.5).requires_grad_()
     dy = draw(shape.tokens, shape.out_features)
-    peft = _peft_layer(weight, lora_a, leaf_b)
+    peft = peft_layer(weight, lora_a, leaf_b.t(), scale=2.0)
 
     def ours(implementation: str) -> Callable[[], Tensor]:
         return lambda: sketched_linear(
@@ -193,22 +194,6 @@ def _line(row: Row) -> str:
         f"in a graph {graph} ms   {row['over_base']:6.3f} × base (noise {row['noise']:.1%})   "
         f"{roofline} of the roofline"
     )
-
-
-def _peft_layer(weight: Tensor, lora_a: Tensor, leaf_b: Tensor) -> nn.Module:
-    """Vanilla PEFT at rank S with the same factors, in the same dtype."""
-    from peft import LoraConfig, get_peft_model
-
-    size = lora_a.shape[0]
-    base = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"))
-    base[0].weight = nn.Parameter(weight, requires_grad=False)
-    config = LoraConfig(r=size, lora_alpha=2 * size, target_modules=["0"])
-    layer = get_peft_model(base, config, autocast_adapter_dtype=False).base_model.model[0]
-    layer.to(weight.dtype)
-    with torch.no_grad():
-        layer.lora_A["default"].weight.copy_(lora_a)
-        layer.lora_B["default"].weight.copy_(leaf_b.t())
-    return layer
 
 
 def _errors(
@@ -271,23 +256,15 @@ def _graph(function: Callable[[], Tensor], leaves: list[Tensor], dy: Tensor) -> 
 
 
 def _floor_ms(shape: Shape, size: int, name: str, ceilings: tuple[float, float]) -> float:
-    """The least that a step can take: the base's operations, and the adapter's bytes beside them.
-
-    The base's own two products are taken to be bound by arithmetic.
-    """
+    """The least that a step can take."""
     bytes_per_ms, flops_per_ms = ceilings
-    total = 0.0
-    for backward in (False, True):
-        needs = cost(
-            shape.tokens,
-            shape.in_features,
-            shape.out_features,
-            size,
-            backward=backward,
-            itemsize_bytes=2,
-            pad_ranks_to=16,
-        )
-        total += needs.base_flops / flops_per_ms
-        if name != "base":
-            total += max(needs.lora_flops / flops_per_ms, needs.lora_bytes / bytes_per_ms)
-    return total
+    return least_time(
+        shape.tokens,
+        shape.in_features,
+        shape.out_features,
+        0 if name == "base" else size,
+        itemsize_bytes=2,
+        flop_rate=flops_per_ms,
+        byte_rate=bytes_per_ms,
+        pad_ranks_to=16,
+    )

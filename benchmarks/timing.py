@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import statistics
 import subprocess
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
+from time import perf_counter, process_time
 
 import numpy as np
 import torch
 
 SLOWER_ABOVE = 1.03
+LEAST_ROUNDS = 5
+_FLUSH_BYTES = 256 << 20  # more than any GPU's last-level cache
 _PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 
 
@@ -69,6 +74,113 @@ class Pairs:
         return "ours is faster" if ratio.high < 1.0 else "no difference that the noise allows"
 
 
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """Times of one thing and of several others that were run between its runs.
+
+    Attributes:
+        ours_s: seconds of every run of ours, in order.
+        peer_s: name to seconds, one run a round.
+        beside_s: name to seconds of the run of ours right before or after that peer's.
+    """
+
+    ours_s: list[float]
+    peer_s: dict[str, list[float]]
+    beside_s: dict[str, list[float]]
+
+    @property
+    def rounds(self) -> int:
+        """How often every peer was run."""
+        return min(len(times) for times in self.peer_s.values())
+
+    def pairs(self, name: str) -> Pairs:
+        """Ours and a peer, neighbour by neighbour."""
+        return Pairs(self.beside_s[name], self.peer_s[name])
+
+    @property
+    def spread(self) -> Interval:
+        """A/A: each run of ours over its own next run."""
+        return Pairs(self.ours_s, self.ours_s).spread
+
+
+Clock = Callable[[Callable[[], object]], float]
+"""Runs a function once and returns the seconds it took."""
+
+
+def clock(device: str) -> Clock:
+    """Return the clock of a device: CPU seconds of this process, or a GPU's own events.
+
+    On a GPU its caches are flushed before each run.
+    """
+    if device != "cuda":
+        return _process_seconds
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def seconds(function: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    return seconds
+
+
+def _process_seconds(function: Callable[[], object]) -> float:
+    start = process_time()
+    function()
+    return process_time() - start
+
+
+def take_turns(
+    ours: Callable[[], object],
+    peers: Mapping[str, Callable[[], object]],
+    measure: Clock,
+    *,
+    seconds: float,
+    rounds: int = 0,
+) -> Turns:
+    """Run every peer right beside a run of ours, round by round.
+
+    Two peers share the run of ours between them; their order is turned around every other round.
+
+    Args:
+        ours: what everything is compared with.
+        peers: name to function, at least one.
+        measure: the clock.
+        seconds: wall time after which no round begins, once there are ``LEAST_ROUNDS``.
+        rounds: exactly so many, whatever they take; 0 goes by ``seconds``.
+
+    Returns:
+        All times; one untimed round before them is left out.
+    """
+    turns = Turns([], {name: [] for name in peers}, {name: [] for name in peers})
+    names = list(peers)
+    groups = [names[i : i + 2] for i in range(0, len(names), 2)]
+    for function in (ours, *peers.values()):
+        function()
+    gc.collect()
+    gc.disable()
+    try:
+        end = perf_counter() + seconds
+        number = 0
+        while number < (rounds or LEAST_ROUNDS) or (not rounds and perf_counter() < end):
+            for group in groups:
+                first, *rest = group if number % 2 == 0 else group[::-1]
+                turns.peer_s[first].append(measure(peers[first]))
+                turns.ours_s.append(measure(ours))
+                for name in rest:
+                    turns.peer_s[name].append(measure(peers[name]))
+                for name in group:
+                    turns.beside_s[name].append(turns.ours_s[-1])
+            number += 1
+    finally:
+        gc.enable()
+    return turns
+
+
 def bootstrap(samples: list[float], *, draws: int = 2000, seed: int = 0) -> Interval:
     """Estimate the median of samples and how sure it is.
 
@@ -84,6 +196,28 @@ def bootstrap(samples: list[float], *, draws: int = 2000, seed: int = 0) -> Inte
     chosen = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
     low, high = np.percentile(np.median(values[chosen], axis=1), [2.5, 97.5])
     return Interval(float(np.median(values)), float(low), float(high))
+
+
+def ratio_of_medians(
+    numerator: list[float], denominator: list[float], *, draws: int = 2000, seed: int = 0
+) -> Interval:
+    """Estimate the ratio of two medians of paired samples that are noisy beside their size.
+
+    Args:
+        numerator: differences, say, of which single ones may be around zero.
+        denominator: as many, measured in the same rounds.
+        draws: how often the rounds are drawn again, with replacement.
+        seed: of the draws.
+
+    Returns:
+        The ratio with its 95% percentile interval.
+    """
+    above, below = np.asarray(numerator), np.asarray(denominator)
+    chosen = np.random.default_rng(seed).integers(len(above), size=(draws, len(above)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.median(above[chosen], axis=1) / np.median(below[chosen], axis=1)
+    low, high = np.percentile(ratios[np.isfinite(ratios)], [2.5, 97.5])
+    return Interval(float(np.median(above) / np.median(below)), float(low), float(high))
 
 
 def summary_ms(seconds: list[float]) -> str:

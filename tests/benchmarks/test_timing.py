@@ -3,7 +3,16 @@ import json
 import pytest
 
 from benchmarks.__main__ import BENCHMARKS, main
-from benchmarks.timing import Pairs, append_record, bootstrap, provenance
+from benchmarks.timing import (
+    LEAST_ROUNDS,
+    Pairs,
+    append_record,
+    bootstrap,
+    clock,
+    provenance,
+    ratio_of_medians,
+    take_turns,
+)
 
 
 def test_the_interval_holds_the_median_and_narrows_with_more_samples():
@@ -28,6 +37,45 @@ def test_the_spread_is_that_of_our_runs_alone():
     steady = Pairs([1.0, 1.0, 1.0, 1.0], [1.0, 5.0, 1.0, 5.0])
     assert (steady.spread.low, steady.spread.high) == (1.0, 1.0)
     assert Pairs([1.0, 2.0], [1.0, 1.0]).spread.median == 2.0
+
+
+def test_every_peer_runs_beside_ours_in_both_orders():
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in ("ours", "a", "b", "c")}
+    ours = runs.pop("ours")
+    numbers = iter(range(100))
+
+    def measure(function):
+        function()
+        return float(next(numbers))
+
+    turns = take_turns(ours, runs, measure, seconds=0.0, rounds=2)
+    rounds = ["a", "ours", "b", "c", "ours"], ["b", "ours", "a", "c", "ours"]
+    assert order == ["ours", "a", "b", "c", *rounds[0], *rounds[1]]
+    assert turns.rounds == 2
+    assert turns.peer_s == {"a": [0.0, 7.0], "b": [2.0, 5.0], "c": [3.0, 8.0]}
+    assert turns.beside_s == {"a": [1.0, 6.0], "b": [1.0, 6.0], "c": [4.0, 9.0]}
+    assert turns.ours_s == [1.0, 4.0, 6.0, 9.0]
+    assert turns.pairs("c").ratio.median == pytest.approx((4 / 3 + 9 / 8) / 2)
+    assert turns.spread.median == 1.5  # of 4, 6/4, 9/6
+
+
+def test_time_is_spent_and_a_few_rounds_are_always_run():
+    measure = clock("cpu")
+    few = take_turns(lambda: None, {"peer": lambda: None}, measure, seconds=0.0)
+    many = take_turns(lambda: None, {"peer": lambda: None}, measure, seconds=0.05)
+    assert few.rounds == LEAST_ROUNDS < many.rounds
+
+
+def test_the_clock_counts_work():
+    measure = clock("cpu")
+    assert measure(lambda: sum(range(300_000))) > 10 * measure(lambda: None)
+
+
+def test_a_ratio_of_small_differences():
+    found = ratio_of_medians([1.0, 1.1, 0.9, -5.0, 1.0], [4.0, 4.0, 0.0, 4.0, 4.0])
+    assert found.median == 0.25
+    assert found.low < 0.25 <= found.high
 
 
 def test_records_are_lines_of_json_with_their_circumstances(tmp_path):
