@@ -143,7 +143,7 @@ def test_x_is_saved_once_and_nothing_of_full_rank():
         lambda tensor: (saved.append(tensor), tensor)[1], lambda tensor: tensor
     ):
         shared_sketched_linear(x, projections)
-    assert [tuple(t.shape) for t in saved if t.data_ptr() not in own] == [(40, 4 + 8 + 1)]
+    assert [tuple(t.shape) for t in saved if t.data_ptr() not in own] == [(4 + 8 + 1, 40)]
     assert sum(t.data_ptr() == x.data_ptr() for t in saved) == 1
 
 

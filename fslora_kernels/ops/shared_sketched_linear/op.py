@@ -25,12 +25,12 @@ class Factors:
     Attributes:
         a: rows of A, ``[S, D]``.
         b: rows of the rank-major B, ``[S, E]``.
-        columns: where its ranks are among the hidden ranks of all projections.
+        rows: where its ranks are among the hidden ranks of all projections.
     """
 
     a: Tensor
     b: Tensor
-    columns: slice
+    rows: slice
 
 
 def _grouped(flat: Sequence[Any]) -> list[Any]:
@@ -52,10 +52,10 @@ def _every_a(factors: Sequence[Factors]) -> Tensor:
     return torch.cat([factor.a for factor in factors])
 
 
-def _scale(hidden_TS: Tensor, factors: Sequence[Factors], scales: Sequence[float]) -> None:
+def _scale(hidden_ST: Tensor, factors: Sequence[Factors], scales: Sequence[float]) -> None:
     """Multiply each projection's hidden ranks by its scale, in place."""
     for factor, scale in zip(factors, scales, strict=True):
-        hidden_TS[:, factor.columns].mul_(scale)
+        hidden_ST[factor.rows].mul_(scale)
 
 
 class SharedSketchedLinear(torch.autograd.Function):
@@ -70,47 +70,47 @@ class SharedSketchedLinear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         projections = _grouped(flat)
         factors = _select(projections, x.dtype)
-        h_TS = torch.mm(x, _every_a(factors).t())
-        _scale(h_TS, factors, scales)
+        h_ST = torch.mm(_every_a(factors), x.t())
+        _scale(h_ST, factors, scales)
         outputs = []
         for factor, (weight, _, _, _, bias) in zip(factors, projections, strict=True):
-            h, b = h_TS[:, factor.columns], factor.b
-            y_TE = h.mm(b) if bias is None else torch.addmm(bias.to(x.dtype), h, b)
+            h_TS, b = h_ST[factor.rows].t(), factor.b
+            y_TE = h_TS.mm(b) if bias is None else torch.addmm(bias.to(x.dtype), h_TS, b)
             if weight is not None:
                 y_TE.addmm_(x, weight.to(x.dtype).t())
             outputs.append(y_TE)
-        ctx.save_for_backward(x, h_TS, *flat)
+        ctx.save_for_backward(x, h_ST, *flat)
         ctx.scales = scales
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, D102
-        x, h_TS, *flat = ctx.saved_tensors
+        x, h_ST, *flat = ctx.saved_tensors
         needs_x, _, *needs = ctx.needs_input_grad
         projections = _grouped(flat)
         factors = _select(projections, x.dtype)
-        dh_TS = torch.empty_like(h_TS)
+        dh_ST = torch.empty_like(h_ST)
         for factor, dy_TE in zip(factors, dys, strict=True):
-            torch.mm(dy_TE, factor.b.t(), out=dh_TS[:, factor.columns])
-        _scale(dh_TS, factors, ctx.scales)
-        da_SD = torch.mm(dh_TS.t(), x) if any(needs[1::5]) else None
+            torch.mm(factor.b, dy_TE.t(), out=dh_ST[factor.rows])
+        _scale(dh_ST, factors, ctx.scales)
+        da_SD = torch.mm(dh_ST, x) if any(needs[1::5]) else None
         found: list[Tensor | None] = []
         for factor, dy_TE, needed, (weight, a, b, index, bias) in zip(
             factors, dys, _grouped(needs), projections, strict=True
         ):
             needs_weight, needs_a, needs_b, _, needs_bias = needed
-            db_SE = torch.mm(h_TS[:, factor.columns].t(), dy_TE) if needs_b else None
+            db_SE = torch.mm(h_ST[factor.rows], dy_TE) if needs_b else None
             found += (
                 torch.mm(dy_TE.t(), x).to(weight.dtype) if needs_weight else None,
-                widen(da_SD[factor.columns], index, a) if needs_a and da_SD is not None else None,
+                widen(da_SD[factor.rows], index, a) if needs_a and da_SD is not None else None,
                 None if db_SE is None else widen(db_SE, index, b),
                 None,
                 dy_TE.sum(0).to(bias.dtype) if needs_bias else None,
             )
         dx = None
         if needs_x:
-            dx = torch.mm(dh_TS, _every_a(factors))
+            dx = torch.mm(dh_ST.t(), _every_a(factors))
             for dy_TE, (weight, *_) in zip(dys, projections, strict=True):
                 if weight is not None:
                     dx.addmm_(dy_TE, weight.to(x.dtype))
