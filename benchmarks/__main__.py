@@ -13,6 +13,7 @@ BENCHMARKS = {
     "memory": ("benchmarks.memory", "saved and peak bytes of a decoder layer, also with dropout"),
     "round": ("benchmarks.round", "a simulated round against a plain PEFT loop, in CPU time"),
     "cost": ("benchmarks.cost", "what a sketch ratio saves a client, and what not: counted"),
+    "prototypes": ("benchmarks.prototypes", "two kernels that wait for a GPU, compiled only"),
     "gpu": ("benchmarks.gpu", "every GPU check in one script; a dry run without a GPU"),
 }
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stream = sys.stderr if wrong else sys.stdout
     print("usage: python -m benchmarks NAME [flags]   (NAME --help explains them)\n", file=stream)
     for name, (_, line) in BENCHMARKS.items():
-        print(f"  {name:<8} {line}", file=stream)
+        print(f"  {name:<10} {line}", file=stream)
     if wrong:
         print(f"\nthere is no benchmark {given[0]!r}", file=stream)
     return 2 if wrong else 0
