@@ -1,9 +1,13 @@
 """The Triton kernels in Triton's interpreter: TRITON_INTERPRET=1 pytest -m interpreter."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from fslora_kernels import sketched_linear
 from fslora_kernels._dispatch import interpreting
@@ -105,6 +109,42 @@ def test_rows_of_a_wider_matrix_are_read_in_place():
     wide[:, :64] = arguments["x"]
     strided = {**arguments, "x": wide[:, :64]}
     assert torch.equal(triton(**strided), triton(**arguments))
+
+
+@pytest.mark.parametrize("name", ["x", "lora_a", "lora_b"])
+def test_rows_that_lie_more_than_two_to_the_31_elements_apart(name):
+    arguments = inputs(Case("far", 3, 16, 16, 3, 2), torch.float16)
+    # The last row begins beyond 2³¹ elements; pages that nobody touches take no memory.
+    row = 2**30 + 64
+    storage = torch.from_numpy(np.zeros(2 * row + 16, dtype=np.float16))
+    far = storage.as_strided((3, 16), (row, 1))
+    far = far if name != "lora_b" else far.t()
+    far.copy_(arguments[name])
+    leaves = {**arguments, name: far}
+    near = value_and_gradients(triton, arguments, torch.ones(3, 16, dtype=torch.float16))
+    assert torch.equal(triton(**leaves), near["y"])
+    if name == "x":  # a factor's gradient would be as far apart as the factor
+        gradients = value_and_gradients(triton, leaves, torch.ones(3, 16, dtype=torch.float16))
+        assert torch.equal(gradients["lora_a"], near["lora_a"])
+
+
+def test_checkpointing_replays_the_same_bits_and_the_same_mask():
+    arguments = inputs(case("half"), torch.float32)
+    leaves = {name: arguments[name].requires_grad_() for name in MATRICES}
+    for dropping in ({}, {"dropout": 0.5, "seed": 3}, {"dropout": 0.5}):
+
+        def call(*tensors, dropping=dropping):
+            given = dict(zip(MATRICES, tensors, strict=True))
+            return triton(**{**arguments, **given}, **dropping)
+
+        gradients = []
+        for run in (call, partial(checkpoint, call, use_reentrant=False)):
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                y = run(*leaves.values())
+            gradients.append(torch.autograd.grad(y.sum(), list(leaves.values())))
+        for plain, replayed in zip(*gradients, strict=True):
+            assert torch.equal(plain, replayed)
 
 
 def test_an_expanded_gradient_of_the_output():

@@ -100,7 +100,7 @@ def grouped_wgrad_kernel(
     # The large side goes first where the matrix unit wants 64 rows or more (wgmma, tcgen05).
     total = tl.zeros((F, P) if FEATURES_FIRST else (P, F), tl.float32)
     for start in range(first, last, T):
-        t = start + tl.arange(0, T)
+        t = (start + tl.arange(0, T)).to(tl.int64)
         t_ok = t < last
         x_TF = activation_tile(x, t, t_ok, x_row, f, f_ok)
         p_TP = tl.load(p + (t + shift)[:, None] * P + s[None, :], mask=t_ok[:, None], other=0.0)
