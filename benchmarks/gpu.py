@@ -1,8 +1,14 @@
-"""Every check that needs a GPU, in one script of at most ten minutes: ``python -m benchmarks gpu``.
+"""Every check and figure that needs a GPU, in one script of less than ten minutes.
+
+    python -m benchmarks gpu --out FOLDER
+
+From the repository's root; nothing needs to be installed. Everything is written under FOLDER
+(default: ``benchmarks/results/`` and the device's name): a JSON file for each stage, kept up to
+date while it runs; ``tuned.json``, ``layer.jsonl``, ``layer.png``; and ``table.txt``, printed last.
+The stage "tuning" also puts its table among the shipped ones, so that the later stages use it.
 
 Each stage runs in a process of its own, so that one that crashes or hangs the device does not take
-the others with it, and writes one JSON file as it goes. Nothing needs to be installed: run it from
-the repository's root. Without a GPU, or with ``--dry``, every stage runs in a tiny size on the CPU,
+the others with it. Without a GPU, or with ``--dry``, every stage runs in a tiny size on the CPU,
 so that the script cannot rot; Triton takes part where TRITON_INTERPRET=1 is set.
 """
 
@@ -10,13 +16,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -29,14 +40,21 @@ from fslora_kernels._dispatch import IMPLEMENTATIONS, unavailable
 Row = dict[str, Any]
 """One finding: "what", "ok", and whatever was measured; "error" where it is not ok."""
 
-# Name to (module, seconds it may take); the function is called as the stage. Ten minutes in all.
+# Name to (module, seconds it may take, the start of its process included); the function is called as
+# the stage. Less than ten minutes in all.
 STAGES = {
-    "environment": ("benchmarks.gpu_kernels", 60),
-    "correctness": ("benchmarks.gpu_checks", 230),
-    "fuse": ("benchmarks.gpu_checks", 60),
-    "simulate": ("benchmarks.gpu_checks", 90),
-    "kernels": ("benchmarks.gpu_kernels", 150),
+    "environment": ("benchmarks.gpu_tuning", 25),
+    "correctness": ("benchmarks.gpu_operations", 85),
+    "operations": ("benchmarks.gpu_operations", 70),
+    "fuse": ("benchmarks.gpu_checks", 45),
+    "simulate": ("benchmarks.gpu_checks", 60),
+    "tuning": ("benchmarks.gpu_tuning", 80),
+    "layer": ("benchmarks.gpu_layer", 125),
+    "memory": ("benchmarks.gpu_layer", 25),
+    "sanitizer": ("benchmarks.gpu_tools", 40),
+    "counters": ("benchmarks.gpu_tools", 30),
 }
+_WORKERS = 8  # processes that check at once, each compiling what it needs
 _MARGIN_S = 10  # a stage stops by itself this much before it is killed
 
 
@@ -98,12 +116,17 @@ def run_apart(name: str, setting: Setting, limit_s: float) -> Row:
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks", "gpu", "--here", "--only", name]
     command += ["--out", str(setting.out), *(["--dry"] if setting.dry else [])]
+    root = Path(__file__).resolve().parents[1]
+    process = subprocess.Popen(command, cwd=root, start_new_session=True)
     try:
-        root = Path(__file__).resolve().parents[1]
-        code = subprocess.run(command, cwd=root, timeout=limit_s, check=False).returncode
+        code = process.wait(limit_s)
         problem = f"the process ended with code {code} before it was done"
     except subprocess.TimeoutExpired:
         problem = f"killed after {limit_s:g} s"
+    finally:
+        with suppress(ProcessLookupError):  # what it started too: workers, tools
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     result: Row = {"stage": name, "status": "running", "dry": setting.dry, "rows": []}
     if path.is_file():
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -111,6 +134,31 @@ def run_apart(name: str, setting: Setting, limit_s: float) -> Row:
         result |= {"status": "failed", "error": problem}
         write(setting.out, result)
     return result
+
+
+def spread(
+    check: Callable[[Any], list[Row]], tasks: Iterable[Any], setting: Setting
+) -> Iterator[Row]:
+    """Run a check over tasks: on a GPU in several processes at once, as most of it is compiling.
+
+    Args:
+        check: a module's function; takes a task and returns its rows.
+        tasks: what it is called with.
+        setting: dry runs stay in this process.
+
+    Yields:
+        The rows, task by task as they are done.
+    """
+    if setting.dry:
+        for task in tasks:
+            yield from check(task)
+        return
+    pool = ProcessPoolExecutor(_WORKERS, mp_context=get_context("spawn"))
+    try:
+        for done in as_completed([pool.submit(check, task) for task in tasks]):
+            yield from done.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def write(folder: Path, result: Row) -> None:

@@ -1,4 +1,4 @@
-"""Three stages of ``benchmarks.gpu``: the operation, the fused model, the simulated rounds."""
+"""Two stages of ``benchmarks.gpu``: the fused model, the simulated rounds."""
 
 from __future__ import annotations
 
@@ -21,69 +21,9 @@ from fslora.config import SimulateConfig
 from fslora.models import model_path
 from fslora.simulate import simulate as run_simulation
 from fslora.sketch import draw_sketches
-from fslora_kernels import sketched_linear
-from fslora_kernels.ops.sketched_linear.cases import CASES, Case
-from fslora_kernels.ops.sketched_linear.reference import reference
-from fslora_kernels.testing import (
-    check_error_budget,
-    inputs,
-    poisoned_allocations,
-    value_and_gradients,
-)
+from fslora_kernels.testing import check_error_budget
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LARGE_CASES = (
-    Case("8B_q_view", 4096, 4096, 4096, 64, 8),
-    Case("8B_down_compact", 2048, 14336, 4096, 16, None, rank_major_b=True),
-    Case("many_tokens", 70_001, 256, 512, 32, 32),
-)
-DRY_CASES = ("half", "odd_everything", "compact_leaf", "tensor_scale")
 ROUND_TOLERANCE = 1e-4  # of a loss, after up to three rounds of float32 training
-
-
-# -- correctness -----------------------------------------------------------------------------------
-
-
-def correctness(setting: Setting) -> Iterator[Row]:
-    """Run every implementation over the contract's cases, against float64."""
-    cases = [case for case in CASES if not case.dropout]
-    cases = [case for case in cases if case.name in DRY_CASES] if setting.dry else cases
-    for case in [*cases, *(() if setting.dry else LARGE_CASES)]:
-        for dtype in DTYPES:
-            for implementation in setting.implementations:
-                yield _check_case(case, dtype, implementation, setting.device)
-
-
-def _check_case(case: Case, dtype: torch.dtype, implementation: str, device: str) -> Row:
-    row: Row = {"what": f"{implementation} {str(dtype).removeprefix('torch.')} {case.name}"}
-    arguments = inputs(case, dtype, device=device)
-    generator = torch.Generator().manual_seed(1)
-    dy = torch.randn(case.tokens, case.out_features, generator=generator).to(device, dtype)
-
-    def call(**given: Any) -> Tensor:  # noqa: ANN401
-        return sketched_linear(**given, implementation=implementation)
-
-    try:
-        with poisoned_allocations():
-            first, second = (value_and_gradients(call, arguments, dy) for _ in range(2))
-        exact_arguments = {
-            name: value.double() if torch.is_tensor(value) and name != "index" else value
-            for name, value in arguments.items()
-        }
-        exact = value_and_gradients(reference, exact_arguments, dy.double())
-        eager = value_and_gradients(reference, arguments, dy)
-        for name, value in first.items():
-            check_error_budget(value, eager[name], exact[name], name=name)
-            if not torch.equal(value, second[name]):
-                return row | {"ok": False, "error": f"{name}: two runs differ in their bits"}
-    except NotImplementedError as refusal:
-        # Odd sizes are refused by design, with a reason. A refusal of what a model has is a defect.
-        usual = case.in_features % 16 == 0 == case.out_features % 16 and device == "cuda"
-        row |= {"refused": str(refusal)}
-        return row | ({"ok": False, "error": str(refusal)} if usual else {"ok": True})
-    except Exception as error:  # recorded, and the other cases go on
-        return row | {"ok": False, "error": f"{type(error).__name__}: {error}"}
-    return row | {"ok": True}
 
 
 # -- fuse ------------------------------------------------------------------------------------------

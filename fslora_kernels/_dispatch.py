@@ -4,7 +4,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 IMPLEMENTATIONS = ("torch", "triton")
 
@@ -96,3 +98,31 @@ def select(requested: str | None, refusals: Mapping[str, str | None]) -> Choice:
             return Choice(name, "; ".join(passed_over) or "the fastest that can run here")
         passed_over.append(f"not {name}: {reason}")
     raise NotImplementedError("no implementation can run here: " + "; ".join(passed_over))
+
+
+@cache
+def load(module: str) -> Any:  # noqa: ANN401
+    """Import a backend on its first use, by the name of its module."""
+    return import_module(module)
+
+
+def choose(
+    backends: Mapping[str, str],
+    arguments: Any,  # noqa: ANN401
+    device: str,
+    requested: str | None,
+) -> Choice:
+    """Choose the backend for a call: see ``select``.
+
+    Args:
+        backends: implementation to its module, best first; each has ``refuses(arguments)``.
+        arguments: of the call.
+        device: torch's device type.
+        requested: as ``select`` takes it; a backend that nobody asked for is not looked at.
+    """
+    refusals = {
+        name: unavailable(name, device) or load(module).refuses(arguments)
+        for name, module in backends.items()
+        if requested in (None, "auto", name)
+    }
+    return select(requested, refusals)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
 from itertools import pairwise
 from typing import Any, Protocol, cast
 
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fslora_kernels._dispatch import Choice, select, unavailable
+from fslora_kernels import _dispatch
 from fslora_kernels.ops.sketched_linear.op import Cost
 from fslora_kernels.ops.sketched_linear.op import cost as cost_of_one
 
@@ -69,28 +67,20 @@ class Backend(Protocol):
 
 
 # Best first: "auto" takes the first that does not refuse.
-BACKENDS = (
-    ("triton", "fslora_kernels.ops.grouped_sketched_linear.backend_triton"),
-    ("torch", "fslora_kernels.ops.grouped_sketched_linear.backend_torch"),
-)
+BACKENDS = {
+    "triton": "fslora_kernels.ops.grouped_sketched_linear.backend_triton",
+    "torch": "fslora_kernels.ops.grouped_sketched_linear.backend_torch",
+}
 
 
-@cache
 def backend(name: str) -> Backend:
-    """Import a backend by its name."""
-    return cast("Backend", import_module(dict(BACKENDS)[name]))
+    """Return a backend by its name."""
+    return cast("Backend", _dispatch.load(BACKENDS[name]))
 
 
-def choose(arguments: Arguments, requested: str | None) -> Choice:
+def choose(arguments: Arguments, requested: str | None) -> _dispatch.Choice:
     """Choose the backend for a call: see ``_dispatch.select``."""
-    device = arguments.x.device.type
-    return select(
-        requested,
-        {
-            name: unavailable(name, device) or backend(name).refuses(arguments)
-            for name, _ in BACKENDS
-        },
-    )
+    return _dispatch.choose(BACKENDS, arguments, arguments.x.device.type, requested)
 
 
 class GroupedSketchedLinear(torch.autograd.Function):

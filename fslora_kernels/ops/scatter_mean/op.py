@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from fslora_kernels._dispatch import Choice, select, unavailable
+from fslora_kernels import _dispatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,28 +37,20 @@ class Backend(Protocol):
 
 
 # Best first: "auto" takes the first that does not refuse.
-BACKENDS = (
-    ("triton", "fslora_kernels.ops.scatter_mean.backend_triton"),
-    ("torch", "fslora_kernels.ops.scatter_mean.backend_torch"),
-)
+BACKENDS = {
+    "triton": "fslora_kernels.ops.scatter_mean.backend_triton",
+    "torch": "fslora_kernels.ops.scatter_mean.backend_torch",
+}
 
 
-@cache
 def backend(name: str) -> Backend:
-    """Import a backend by its name."""
-    return cast("Backend", import_module(dict(BACKENDS)[name]))
+    """Return a backend by its name."""
+    return cast("Backend", _dispatch.load(BACKENDS[name]))
 
 
-def choose(arguments: Arguments, requested: str | None) -> Choice:
+def choose(arguments: Arguments, requested: str | None) -> _dispatch.Choice:
     """Choose the backend for a call: see ``_dispatch.select``."""
-    device = arguments.rows.device.type
-    return select(
-        requested,
-        {
-            name: unavailable(name, device) or backend(name).refuses(arguments)
-            for name, _ in BACKENDS
-        },
-    )
+    return _dispatch.choose(BACKENDS, arguments, arguments.rows.device.type, requested)
 
 
 def rows_by_rank(arguments: Arguments) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from fslora_kernels._dispatch import Choice, select, unavailable
+from fslora_kernels import _dispatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,28 +88,20 @@ class Backend(Protocol):
 
 
 # Best first: "auto" takes the first that does not refuse.
-BACKENDS = (
-    ("triton", "fslora_kernels.ops.sketched_adamw.backend_triton"),
-    ("torch", "fslora_kernels.ops.sketched_adamw.backend_torch"),
-)
+BACKENDS = {
+    "triton": "fslora_kernels.ops.sketched_adamw.backend_triton",
+    "torch": "fslora_kernels.ops.sketched_adamw.backend_torch",
+}
 
 
-@cache
 def backend(name: str) -> Backend:
-    """Import a backend by its name."""
-    return cast("Backend", import_module(dict(BACKENDS)[name]))
+    """Return a backend by its name."""
+    return cast("Backend", _dispatch.load(BACKENDS[name]))
 
 
-def choose(arguments: Arguments, requested: str | None) -> Choice:
+def choose(arguments: Arguments, requested: str | None) -> _dispatch.Choice:
     """Choose the backend for a call: see ``_dispatch.select``."""
-    device = arguments.parameter.device.type
-    return select(
-        requested,
-        {
-            name: unavailable(name, device) or backend(name).refuses(arguments)
-            for name, _ in BACKENDS
-        },
-    )
+    return _dispatch.choose(BACKENDS, arguments, arguments.parameter.device.type, requested)
 
 
 def count_step(steps: Tensor, index: Tensor | None) -> None:

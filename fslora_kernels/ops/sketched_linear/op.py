@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fslora_kernels._dispatch import Choice, select, unavailable
+from fslora_kernels import _dispatch
 from fslora_kernels.ops.sketched_linear import backend_torch
 
 
@@ -62,26 +60,20 @@ class Backend(Protocol):
 
 
 # Best first: "auto" takes the first that does not refuse.
-BACKENDS = (
-    ("triton", "fslora_kernels.ops.sketched_linear.backend_triton"),
-    ("torch", "fslora_kernels.ops.sketched_linear.backend_torch"),
-)
+BACKENDS = {
+    "triton": "fslora_kernels.ops.sketched_linear.backend_triton",
+    "torch": "fslora_kernels.ops.sketched_linear.backend_torch",
+}
 
 
-@cache
 def backend(name: str) -> Backend:
-    """Import a backend by its name."""
-    return cast("Backend", import_module(dict(BACKENDS)[name]))
+    """Return a backend by its name."""
+    return cast("Backend", _dispatch.load(BACKENDS[name]))
 
 
-def choose(arguments: Arguments, requested: str | None) -> Choice:
+def choose(arguments: Arguments, requested: str | None) -> _dispatch.Choice:
     """Choose the backend for a call: see ``_dispatch.select``."""
-    device = arguments.x.device.type
-    refusals: dict[str, str | None] = {}
-    for name, _ in BACKENDS:
-        if requested in (None, "auto", name):
-            refusals[name] = unavailable(name, device) or backend(name).refuses(arguments)
-    return select(requested, refusals)
+    return _dispatch.choose(BACKENDS, arguments, arguments.x.device.type, requested)
 
 
 def compute(arguments: Arguments, requested: str | None) -> Tensor:
