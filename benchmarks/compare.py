@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -31,6 +32,10 @@ from fslora_kernels.ops.sketched_linear import Cost, cost
 FULL_PEFT = "PEFT at R"
 FULL_OURS = "ours at R"
 _PADDING = 16  # of ranks, in the Triton kernels
+# Rows that are also timed inside a CUDA graph.
+_IN_GRAPHS = frozenset(
+    {"ours", "base", "ours, torch", "ours, triton", FULL_PEFT, "PEFT at S", "delta first"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,8 @@ class Timed:
         adapter_s: seconds beyond the bare base layer's in the same round.
         roofline: the least possible time of the cell over this row's.
         counted: None where counting cannot look inside.
+        graph_s: inside a CUDA graph, for some rows on a GPU: what Python and launching do not cost.
+        graph_error: why there is no such figure where there should be one.
     """
 
     name: str
@@ -79,6 +86,8 @@ class Timed:
     adapter_s: Interval | None = None
     roofline: float | None = None
     counted: Counted | None = None
+    graph_s: float | None = None
+    graph_error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +194,10 @@ def compare(
             timed.append(Timed(row.name, row.ours, error))
             continue
         floor_s = least(0 if row.computes == "base" else cell.sketch_size)
-        timed.append(_timed(row, ours.name, turns, floor_s, counted[row.name]))
+        found = _timed(row, ours.name, turns, floor_s, counted[row.name])
+        if cell.device == "cuda" and row.name in _IN_GRAPHS:
+            found = replace(found, **graph_seconds(partial(row.step, problem.dy)))
+        timed.append(found)
     return Result(
         cell=cell,
         rows=timed,
@@ -195,6 +207,20 @@ def compare(
         least_s=least(cell.sketch_size),
         ceilings=ceilings,
     )
+
+
+def graph_seconds(step: Callable[[], object]) -> dict[str, Any]:
+    """Time a step inside a CUDA graph, its caches warm; or say why it cannot be captured.
+
+    Returns:
+        "graph_s" or "graph_error", as in ``Timed``.
+    """
+    from triton.testing import do_bench_cudagraph
+
+    try:
+        return {"graph_s": 1e-3 * float(do_bench_cudagraph(step, rep=10, return_mode="median"))}
+    except RuntimeError as error:
+        return {"graph_error": str(error)}
 
 
 def _both(cell: Cell, pad_ranks_to: int = 1) -> list[Cost]:

@@ -40,8 +40,8 @@ from fslora_kernels._dispatch import IMPLEMENTATIONS, unavailable
 Row = dict[str, Any]
 """One finding: "what", "ok", and whatever was measured; "error" where it is not ok."""
 
-# Name to (module, seconds it may take, the start of its process included); the function is called as
-# the stage. Less than ten minutes in all.
+# Name to (module, seconds it may take, the start of its process included); the stage is the module's
+# function of that name. Less than ten minutes in all.
 STAGES = {
     "environment": ("benchmarks.gpu_tuning", 25),
     "correctness": ("benchmarks.gpu_operations", 85),
@@ -89,6 +89,8 @@ def run_stage(name: str, setting: Setting) -> Row:
     """
     module, limit_s = STAGES[name]
     start = perf_counter()
+    if setting.dry:
+        torch.set_num_threads(1)  # nothing there is worth waiting for a second one
     result: Row = {"stage": name, "status": "running", "dry": setting.dry, **provenance()}
     result |= {"implementations": setting.implementations, "error": None, "rows": []}
     try:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.compare import compare, record
+from benchmarks.compare import Result, compare, record
 from benchmarks.peers import Builder
 from benchmarks.problem import missing_for
 from benchmarks.roofline import Ceilings, ceilings
-from benchmarks.shapes import cells
+from benchmarks.shapes import Cell, cells
 from benchmarks.table import LEGEND, cell_table, cell_title, summary
-from benchmarks.timing import append_record, clock, provenance
+from benchmarks.timing import Clock, append_record, clock, provenance
 
 RowList = Callable[..., list[Builder]]
 _SECONDS = {"cpu": 5.0, "cuda": 2.0}
@@ -45,22 +45,21 @@ def run(name: str, about: str | None, row_list: RowList, arguments: Sequence[str
         if reason := missing_for(cell):
             print(f"{cell.id} is left out: {reason}\n")
             continue
-        if cell.dtype not in known:
-            dtype: torch.dtype = getattr(torch, cell.dtype)
-            known[cell.dtype] = ceilings(chosen.device, dtype, measure)
-            print(f"ceilings measured now, {cell.dtype}: {known[cell.dtype]}\n")
-        result = compare(
+        new = cell.dtype not in known
+        result = measure_cell(
             cell,
             row_list(cell, compiled=chosen.compile),
-            known[cell.dtype],
+            known,
             measure,
             seconds=chosen.seconds or _SECONDS[chosen.device],
             rounds=chosen.repeats,
         )
+        if new:
+            print(f"ceilings measured now, {cell.dtype}: {known[cell.dtype]}\n")
         results.append(result)
         print(f"[{number}/{len(chosen_cells)}] {cell_table(result)}\n", flush=True)
-        for row in result.rows if chosen.out else ():
-            append_record(chosen.out, {"benchmark": name, **facts, **record(result, row)})
+        if chosen.out:
+            keep(result, chosen.out, {"benchmark": name, **facts})
     print(summary(results))
     if chosen.figure and results:
         from benchmarks.figure import draw
@@ -68,6 +67,39 @@ def run(name: str, about: str | None, row_list: RowList, arguments: Sequence[str
         draw(results, chosen.figure)
         print(f"figure: {chosen.figure}")
     return int(any(result.red for result in results))
+
+
+def measure_cell(
+    cell: Cell,
+    rows: Sequence[Builder],
+    known: dict[str, Ceilings],
+    measure: Clock,
+    *,
+    seconds: float,
+    rounds: int = 0,
+    shrink: int = 1,
+) -> Result:
+    """Measure one cell, and the ceilings of its dtype if they are not known.
+
+    Args:
+        cell: the shape.
+        rows: of ours first, then the base and the others.
+        known: name of a dtype to its ceilings in this run; what is missing is added.
+        measure: the clock.
+        seconds: wall time for the timing.
+        rounds: exactly so many instead; 0 goes by ``seconds``.
+        shrink: as in ``ceilings``.
+    """
+    if cell.dtype not in known:
+        dtype: torch.dtype = getattr(torch, cell.dtype)
+        known[cell.dtype] = ceilings(cell.device, dtype, measure, shrink=shrink)
+    return compare(cell, rows, known[cell.dtype], measure, seconds=seconds, rounds=rounds)
+
+
+def keep(result: Result, path: Path, facts: dict[str, object]) -> None:
+    """Append a line of JSON for every row of a cell."""
+    for row in result.rows:
+        append_record(path, {**facts, **record(result, row)})
 
 
 def _clock_name(device: str) -> str:

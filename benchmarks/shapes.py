@@ -117,6 +117,21 @@ CUDA = (
 
 DEFAULTS = {"cpu": CPU, "cuda": CUDA}
 
+# What the targets for a GPU are stated on, apart from the frozen list: the projections of an 8B
+# layer, and the squares that LoRAFusion is measured on.
+GPU_TARGETS = tuple(
+    Cell(name, 8192, in_features, out_features, rank, 16, "bfloat16", "cuda", tuned)
+    for name, in_features, out_features, rank, tuned in (
+        ("8b-q", 4096, 4096, 64, True),
+        ("8b-k", 4096, 1024, 64, False),
+        ("8b-gate", 4096, 14336, 64, True),
+        ("8b-down", 14336, 4096, 64, False),
+        ("square-4096", 4096, 4096, 16, True),
+        ("square-5120", 5120, 5120, 16, False),
+        ("square-8192", 8192, 8192, 16, False),
+    )
+)
+
 # The axes of --full, beside the default's layers and ratios.
 FULL_TOKENS = {"cpu": (128, 512, 2048), "cuda": (512, 2048, 8192, 16384)}
 FULL_RANKS = {"cpu": (16, 64, 128), "cuda": (16, 64, 128, 256)}

@@ -17,7 +17,7 @@ def _tiny(monkeypatch):
     )
     monkeypatch.setitem(grid.cells.__globals__["DEFAULTS"], "cpu", tiny)
     right = grid.ceilings
-    monkeypatch.setattr(grid, "ceilings", lambda *a: right(*a, shrink=16))
+    monkeypatch.setattr(grid, "ceilings", lambda *a, shrink: right(*a, shrink=16))
     yield
     torch.set_num_threads(threads)
 
