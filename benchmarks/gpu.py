@@ -40,8 +40,8 @@ from fslora_kernels._dispatch import IMPLEMENTATIONS, unavailable
 Row = dict[str, Any]
 """One finding: "what", "ok", and whatever was measured; "error" where it is not ok."""
 
-# Name to (module, seconds it may take, the start of its process included); the stage is the module's
-# function of that name. Less than ten minutes in all.
+# Name to (module, seconds that it may take, the start of its process included); the stage is the
+# module's function of that name. Less than ten minutes in all.
 STAGES = {
     "environment": ("benchmarks.gpu_tuning", 25),
     "correctness": ("benchmarks.gpu_operations", 85),
@@ -99,7 +99,7 @@ def run_stage(name: str, setting: Setting) -> Row:
             result["rows"].append(row)
             result["seconds"] = round(perf_counter() - start, 1)
             write(setting.out, result)
-            if result["seconds"] > limit_s - _MARGIN_S:
+            if not setting.dry and result["seconds"] > limit_s - _MARGIN_S:
                 result["error"] = f"out of time: stopped after {len(result['rows'])} rows"
                 break
     except Exception as error:  # whatever it is, it is recorded and the other stages go on
