@@ -5,7 +5,8 @@
 From the repository's root; nothing needs to be installed. Everything is written under FOLDER
 (default: ``benchmarks/results/`` and the device's name): a JSON file for each stage, kept up to
 date while it runs; ``tuned.json``, ``layer.jsonl``, ``layer.png``; and ``table.txt``, printed last.
-The stage "tuning" also puts its table among the shipped ones, so that the later stages use it.
+The stage "tuning" also puts its table among the shipped ones, so that the later stages use it: on
+another checkout, ``tuned.json`` goes into ``fslora_kernels/tuned/`` under the device's name.
 
 Each stage runs in a process of its own, so that one that crashes or hangs the device does not take
 the others with it. Without a GPU, or with ``--dry``, every stage runs in a tiny size on the CPU,
@@ -44,14 +45,14 @@ Row = dict[str, Any]
 # module's function of that name. Less than ten minutes in all.
 STAGES = {
     "environment": ("benchmarks.gpu_tuning", 25),
-    "correctness": ("benchmarks.gpu_operations", 85),
+    "correctness": ("benchmarks.gpu_operations", 80),
     "operations": ("benchmarks.gpu_operations", 70),
     "fuse": ("benchmarks.gpu_checks", 45),
     "simulate": ("benchmarks.gpu_checks", 60),
-    "tuning": ("benchmarks.gpu_tuning", 80),
-    "layer": ("benchmarks.gpu_layer", 125),
+    "tuning": ("benchmarks.gpu_tuning", 75),
+    "layer": ("benchmarks.gpu_layer", 120),
     "memory": ("benchmarks.gpu_layer", 25),
-    "sanitizer": ("benchmarks.gpu_tools", 40),
+    "sanitizer": ("benchmarks.gpu_tools", 55),
     "counters": ("benchmarks.gpu_tools", 30),
 }
 _WORKERS = 8  # processes that check at once, each compiling what it needs
@@ -119,16 +120,10 @@ def run_apart(name: str, setting: Setting, limit_s: float) -> Row:
     command = [sys.executable, "-m", "benchmarks", "gpu", "--here", "--only", name]
     command += ["--out", str(setting.out), *(["--dry"] if setting.dry else [])]
     root = Path(__file__).resolve().parents[1]
-    process = subprocess.Popen(command, cwd=root, start_new_session=True)
-    try:
-        code = process.wait(limit_s)
-        problem = f"the process ended with code {code} before it was done"
-    except subprocess.TimeoutExpired:
+    code = finish(subprocess.Popen(command, cwd=root, start_new_session=True), limit_s)
+    problem = f"the process ended with code {code} before it was done"
+    if code is None:
         problem = f"killed after {limit_s:g} s"
-    finally:
-        with suppress(ProcessLookupError):  # what it started too: workers, tools
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
     result: Row = {"stage": name, "status": "running", "dry": setting.dry, "rows": []}
     if path.is_file():
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -136,6 +131,26 @@ def run_apart(name: str, setting: Setting, limit_s: float) -> Row:
         result |= {"status": "failed", "error": problem}
         write(setting.out, result)
     return result
+
+
+def finish(process: subprocess.Popen[Any], limit_s: float) -> int | None:
+    """Wait for a process that leads a session of its own, and end all that it started.
+
+    Args:
+        process: what was started.
+        limit_s: when it is killed.
+
+    Returns:
+        Its exit code; None if it was killed.
+    """
+    try:
+        return process.wait(max(0.0, limit_s))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with suppress(ProcessLookupError, PermissionError):  # nothing of it is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def spread(

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # Elements of a base weight up to which the Python of a backward pass costs a processor more than
 # the additional pass over dx that torch's own differentiation makes.
 SMALL_LAYER = 128 * 128
+# Ranks below which x factorᵀ is faster computed as its transpose: at 8 by 1.7 times in float32, 1.3
+# in bfloat16; from 16 on it is no faster in float32 and up to 1.3 times slower in bfloat16.
+RANK_MAJOR_BELOW = 16
 
 
 def refuses(_arguments: Arguments) -> str | None:
@@ -45,8 +48,10 @@ def _mask(arguments: Arguments) -> Tensor:
 
 
 def _shrink(x_TF: Tensor, factor_SF: Tensor) -> Tensor:
-    """Return x factorᵀ ``[T, S]``, rank-major in memory: on a CPU up to 1.7 times faster so."""
-    return torch.mm(factor_SF, x_TF.t()).t()
+    """Return x factorᵀ ``[T, S]``, rank-major in memory where the ranks are few."""
+    if len(factor_SF) < RANK_MAJOR_BELOW:
+        return torch.mm(factor_SF, x_TF.t()).t()
+    return torch.mm(x_TF, factor_SF.t())
 
 
 def _outputs(arguments: Arguments, h_TS: Tensor, b_SE: Tensor) -> Tensor:

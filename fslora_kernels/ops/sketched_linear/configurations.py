@@ -59,7 +59,7 @@ TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
     ("apply", "sm_80", "tf32"): _by_ranks(*[Tiles(64, 64)] * 3, Tiles(64, 32, warps=8)),
     ("apply", "sm_80", "ieee"): _by_ranks(*_IEEE, Tiles(32, 32, warps=8, stages=2)),
     ("wgrad", "sm_80", "half"): _by_ranks(
-        *[Tiles(64, 128)] * 3, Tiles(64, 64, features_first=True)
+        *[Tiles(64, 128)] * 2, Tiles(64, 128, warps=8), Tiles(64, 64, features_first=True)
     ),
     ("wgrad", "sm_80", "tf32"): _by_ranks(*[Tiles(32, 64, features_first=True)] * 4),
     ("wgrad", "sm_80", "ieee"): _by_ranks(*[Tiles(32, 64)] * 2, *[Tiles(32, 64, warps=8)] * 2),
