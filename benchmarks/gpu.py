@@ -45,15 +45,15 @@ Row = dict[str, Any]
 # module's function of that name. Less than ten minutes in all.
 STAGES = {
     "environment": ("benchmarks.gpu_tuning", 25),
-    "correctness": ("benchmarks.gpu_operations", 80),
-    "operations": ("benchmarks.gpu_operations", 70),
+    "correctness": ("benchmarks.gpu_operations", 75),
+    "operations": ("benchmarks.gpu_operations", 65),
     "fuse": ("benchmarks.gpu_checks", 45),
-    "simulate": ("benchmarks.gpu_checks", 60),
-    "tuning": ("benchmarks.gpu_tuning", 75),
+    "simulate": ("benchmarks.gpu_checks", 55),
+    "tuning": ("benchmarks.gpu_tuning", 85),
     "layer": ("benchmarks.gpu_layer", 120),
     "memory": ("benchmarks.gpu_layer", 25),
     "sanitizer": ("benchmarks.gpu_tools", 55),
-    "counters": ("benchmarks.gpu_tools", 30),
+    "counters": ("benchmarks.gpu_tools", 35),
 }
 _WORKERS = 8  # processes that check at once, each compiling what it needs
 _MARGIN_S = 10  # a stage stops by itself this much before it is killed
