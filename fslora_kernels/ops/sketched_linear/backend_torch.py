@@ -47,11 +47,17 @@ def _mask(arguments: Arguments) -> Tensor:
     return torch.empty_like(x_TD).bernoulli_(keep, generator=generator).div_(keep)
 
 
-def _shrink(x_TF: Tensor, factor_SF: Tensor) -> Tensor:
-    """Return x factorᵀ ``[T, S]``, rank-major in memory where the ranks are few."""
-    if len(factor_SF) < RANK_MAJOR_BELOW:
-        return torch.mm(factor_SF, x_TF.t()).t()
-    return torch.mm(x_TF, factor_SF.t())
+def _shrink(x_TF: Tensor, factor_SF: Tensor, gain: float | Tensor) -> Tensor:
+    """Return gain · x factorᵀ ``[T, S]``, rank-major in memory where the ranks are few."""
+    left, right = x_TF, factor_SF.t()
+    if transposed := len(factor_SF) < RANK_MAJOR_BELOW:
+        left, right = factor_SF, x_TF.t()
+    if isinstance(gain, Tensor):
+        product = torch.mm(left, right)
+        return (product.t() if transposed else product).mul_(gain)
+    # With beta 0 the first argument is not read; a number costs nothing inside the product.
+    product = torch.addmm(x_TF.new_empty(()), left, right, beta=0.0, alpha=gain)
+    return product.t() if transposed else product
 
 
 def _outputs(arguments: Arguments, h_TS: Tensor, b_SE: Tensor) -> Tensor:
@@ -80,7 +86,7 @@ def forward(arguments: Arguments) -> tuple[Tensor, tuple[Tensor, ...]]:
     x_TD = arguments.x
     a_SD, b_SE = _select(arguments)
     dropped_TD = x_TD * _mask(arguments) if arguments.dropout else x_TD
-    h_TS = _shrink(dropped_TD, a_SD).mul_(arguments.gain)
+    h_TS = _shrink(dropped_TD, a_SD, arguments.gain)
     return _outputs(arguments, h_TS, b_SE), (h_TS,)
 
 
@@ -104,7 +110,7 @@ def backward(
         db = widen(torch.mm(h_TS.t(), dy_TE), index, arguments.lora_b)
     if not (needs_x or needs_a):
         return dx, da, db
-    dh_TS = _shrink(dy_TE, b_SE).mul_(arguments.gain)
+    dh_TS = _shrink(dy_TE, b_SE, arguments.gain)
     mask_TD = _mask(arguments) if arguments.dropout else None
     if needs_a:
         dropped_TD = x_TD if mask_TD is None else x_TD * mask_TD
