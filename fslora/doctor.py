@@ -35,8 +35,18 @@ def devices() -> dict[str, str]:
     return found
 
 
+def tiles(device_name: str) -> str:
+    """Say where the Triton kernels' tiles on a GPU come from."""
+    from fslora_kernels.tuning import table_path
+
+    path = table_path(device_name)
+    if path is None:
+        return f"tiles on {device_name}: chosen by compiling; `fslora tune` measures better ones"
+    return f"tiles on {device_name}: measured, from {path}"
+
+
 def doctor(console: Console) -> None:
-    """Print devices, implementations with the reason why one cannot run, and versions."""
+    """Print devices, implementations with the reason why one cannot run, tiles, and versions."""
     table = Table(title="Implementations", title_justify="left")
     for column in ("device", "what it is", "implementation", "runs", "why not"):
         table.add_column(column)
@@ -49,6 +59,9 @@ def doctor(console: Console) -> None:
         '"auto" takes triton where it runs and the call suits it, else torch; a layer that is '
         "asked for one that cannot run refuses and says why."
     )
+    if torch.cuda.is_available() and unavailable("triton", "cuda") is None:
+        for number in range(torch.cuda.device_count()):
+            console.print(tiles(torch.cuda.get_device_name(number)), markup=False)
     if interpreting():
         console.print("TRITON_INTERPRET=1: Triton kernels run in the interpreter, very slowly.")
     console.print("  ".join(f"{name} {version(name)}" for name in _PACKAGES))

@@ -38,6 +38,14 @@ def test_the_users_table_comes_before_the_shipped_one_and_both_before_none(folde
     assert tuning.measured_tiles("NVIDIA L4") == {}
 
 
+def test_the_doctor_says_where_tiles_come_from(folders):
+    from fslora.doctor import tiles
+
+    assert "`fslora tune` measures better ones" in tiles("NVIDIA H200")
+    tuning.save(folders / "own/nvidia-h200.json", "NVIDIA H200", "sm_90", ROWS)
+    assert tiles("NVIDIA H200").endswith("own/nvidia-h200.json")
+
+
 def test_shipped_tables_are_among_what_is_compiled_ahead_of_time(folders):
     tuning.save(folders / "shipped/nvidia-h200.json", "NVIDIA H200", "sm_90", ROWS)
     before = {target: list(configurations.variants(target)) for target in ("sm_80", "sm_90")}
