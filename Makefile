@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt setup.py
 	@touch $@
 
 demo: $(READY)  ## twenty clients of unequal strength fine-tune one model (under two minutes)
-	$(BIN)/fslora simulate --preset demo
+	$(BIN)/fslora simulate --preset demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(READY)  ## the fast tests, and the Triton kernels in the interpreter
 	$(PYTEST) -m 'not slow and not gpu and not interpreter'
