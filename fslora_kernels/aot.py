@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from fslora_kernels._dispatch import interpreting
@@ -23,6 +24,7 @@ BACKENDS = (
     "fslora_kernels.ops.sketched_adamw.configurations",
 )
 MAX_DIVISIBILITY = 16
+_READING = Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,16 @@ def compile_for(variant: Variant, target: Target) -> Any:  # noqa: ANN401
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    source = ASTSource(
+    class Source(ASTSource):  # type: ignore[misc]
+        """Reads Python one at a time: CPython 3.11 cannot build two syntax trees at once."""
+
+        def make_ir(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            with _READING:
+                return super().make_ir(*args, **kwargs)
+
+    with _READING:
+        _ = variant.function.cache_key  # it reads the source too, and keeps what it found
+    source = Source(
         variant.function, variant.types(), variant.values(), variant.attributes(target.backend)
     )
     options = {
