@@ -1,8 +1,8 @@
 """The operation on torch's own matrix products: delta first, the base product added in place.
 
 Writing the delta first and accumulating the base product into it costs one visible write of the
-output, and rounds once less than adding the delta to a finished base product. In half precision on
-a processor the order is the other one, because there accumulating a large product is slow.
+output, and rounds once less than adding the delta to a finished base product. In bfloat16 on a
+processor the order is the other one, because there accumulating a large product is slow.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SMALL_LAYER = 128 * 128
 RANK_MAJOR_BELOW = 16
 # Where a processor adds the small product faster than the large one, by 5% of the layer; it costs
 # the rounding that delta first saves.
-BASE_FIRST = (torch.bfloat16, torch.float16)
+BASE_FIRST = (torch.bfloat16,)
 
 
 def refuses(_arguments: Arguments) -> str | None:
