@@ -74,7 +74,7 @@ TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
         *[Tiles(32, 64)] * 2, Tiles(32, 64, warps=8), Tiles(32, 64, features_first=True)
     ),
     ("apply", "sm_100", "half"): _by_ranks(
-        Tiles(64, 64, stages=4), *[Tiles(64, 128)] * 2, Tiles(64, 64, warps=8)
+        Tiles(64, 64, warps=8), *[Tiles(64, 128)] * 2, Tiles(64, 64, warps=8)
     ),
     ("apply", "sm_100", "tf32"): _by_ranks(*[Tiles(64, 64)] * 3, Tiles(64, 32)),
     ("apply", "sm_100", "ieee"): _by_ranks(*_IEEE, Tiles(32, 32, stages=2)),
