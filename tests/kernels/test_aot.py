@@ -205,7 +205,7 @@ def test_launches_ask_for_the_enumerated_compilations_and_no_others(target, monk
     for dtype, factor_dtype, precision in KINDS:
         with fp32_precision(precision):
             for arguments in calls(dtype, factor_dtype):
-                if arguments.dropout and dtype == torch.float32:
+                if arguments.dropout and (dtype == torch.float32 or len(arguments.lora_a) > 64):
                     assert "spill" in backend_triton.refuses(arguments)
                     continue
                 assert backend_triton.refuses(arguments) is None

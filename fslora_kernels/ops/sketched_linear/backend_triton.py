@@ -32,6 +32,7 @@ from fslora_kernels._tiles import (
 )
 from fslora_kernels.ops.sketched_linear.configurations import (
     MASK,
+    MAX_PADDED_WITH_DROPOUT,
     PADDED_RANKS,
     REDUCE,
     TILES,
@@ -268,8 +269,13 @@ def _refuses_on_gpu(arguments: Arguments) -> str | None:
     if ("apply", target, "half") not in TILES:
         known = ", ".join(sorted({key[1] for key in TILES} - {"interpreter"}))
         return f"no tiles were chosen for {target} (there are some for {known})"
-    if arguments.dropout and arguments.x.dtype == torch.float32:
-        return "with dropout the float32 kernels spill registers; torch regenerates the mask"
+    if arguments.dropout and (
+        arguments.x.dtype == torch.float32 or _padded(_ranks(arguments)) > MAX_PADDED_WITH_DROPOUT
+    ):
+        return (
+            "with dropout the kernels spill registers in float32 and at more than "
+            f"{MAX_PADDED_WITH_DROPOUT} ranks; torch regenerates the mask"
+        )
     features = (lora_a.shape[1], lora_b.shape[1])
     if any(size == 0 or size % _launch.ALIGNMENT for size in features):
         return (

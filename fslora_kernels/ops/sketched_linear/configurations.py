@@ -16,6 +16,7 @@ from fslora_kernels._tiles import apply_kernel, mask_kernel, reduce_kernel, wgra
 from fslora_kernels.aot import Variant
 
 PADDED_RANKS = (16, 32, 64, 128)
+MAX_PADDED_WITH_DROPOUT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +197,7 @@ def variants(target: str) -> Iterator[Variant]:
                 for factor in dict.fromkeys((x, "fp32")):
                     yield from _apply_variants(tiles, x, factor, arithmetic, padded, large)
             for tiles in _selectable("wgrad", target, arithmetic, padded):
-                for drop in (False, True) if arithmetic == "half" else (False,):
+                for drop in (False, True) if _drops(arithmetic, padded) else (False,):
                     yield _wgrad_variant(tiles, x, arithmetic, padded, large, drop=drop)
     pointers = {"mask": "*u8", "seed": "i64"}
     yield _variant(mask_kernel, "u8", pointers, "threshold count", mask_constants(), MASK)
@@ -207,6 +208,11 @@ def variants(target: str) -> Iterator[Variant]:
         constants = reduce_constants(has_index=has_index)
         # One label: they differ by a cast, so few compilations stand for them.
         yield _variant(reduce_kernel, "any dtype", pointers, _REDUCE_COUNTS, constants, REDUCE)
+
+
+def _drops(arithmetic: str, padded: int) -> bool:
+    """Whether the kernels take a dropout mask: elsewhere they would spill registers."""
+    return arithmetic == "half" and padded <= MAX_PADDED_WITH_DROPOUT
 
 
 def _selectable(kernel: str, target: str, arithmetic: str, padded: int) -> Iterator[Tiles]:
@@ -225,7 +231,7 @@ def _apply_variants(
     for (u_rows, v_rows, expand, has_bias, drop), has_index, gain in itertools.product(
         _LAYOUTS, (False, True), ("fp32", "*fp32")
     ):
-        if drop and arithmetic != "half":
+        if drop and not _drops(arithmetic, padded):
             continue
         pointers = {"x": f"*{x}", "u": f"*{factor}", "gain": gain, "h": f"*{x}"}
         if expand:
