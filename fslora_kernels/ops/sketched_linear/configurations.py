@@ -46,7 +46,7 @@ def _by_ranks(*tiles: Tiles) -> dict[int, Tiles]:
 _IEEE = (
     Tiles(64, 64, stages=2),
     Tiles(64, 64, warps=8, stages=2),
-    Tiles(32, 32, warps=8, stages=2),
+    Tiles(32, 64, warps=8, stages=2),
 )
 # (kernel, target, arithmetic) → padded ranks → tiles. A measured table may replace entries.
 TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
@@ -77,14 +77,18 @@ TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
     ("apply", "sm_100", "half"): _by_ranks(
         Tiles(64, 64, warps=8), *[Tiles(64, 128)] * 2, Tiles(64, 64, warps=8)
     ),
-    ("apply", "sm_100", "tf32"): _by_ranks(*[Tiles(64, 64)] * 3, Tiles(64, 32)),
+    ("apply", "sm_100", "tf32"): _by_ranks(
+        *[Tiles(64, 64)] * 2, Tiles(64, 32, warps=8), Tiles(64, 32)
+    ),
     ("apply", "sm_100", "ieee"): _by_ranks(*_IEEE, Tiles(32, 32, stages=2)),
     ("wgrad", "sm_100", "half"): _by_ranks(*[Tiles(64, 128, features_first=True)] * 4),
     ("wgrad", "sm_100", "tf32"): _by_ranks(*[Tiles(32, 64, features_first=True)] * 4),
     ("wgrad", "sm_100", "ieee"): _by_ranks(
         *[Tiles(32, 64)] * 2, Tiles(32, 64, warps=8), Tiles(32, 64, features_first=True)
     ),
-    ("apply", "gfx942", "half"): _by_ranks(Tiles(64, 64, stages=2), *[Tiles(64, 32, stages=2)] * 3),
+    ("apply", "gfx942", "half"): _by_ranks(
+        Tiles(64, 64, stages=2), *[Tiles(64, 32, stages=2)] * 2, Tiles(64, 16, stages=2)
+    ),
     ("apply", "gfx942", "ieee"): _by_ranks(*[Tiles(64, 64, stages=2)] * 4),
     ("wgrad", "gfx942", "half"): _by_ranks(*[Tiles(64, 64, stages=2)] * 4),
     ("wgrad", "gfx942", "ieee"): _by_ranks(*[Tiles(32, 64, stages=2)] * 4),
