@@ -68,7 +68,7 @@ TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
         *[Tiles(64, 128, stages=4)] * 2, Tiles(64, 128), Tiles(64, 64, warps=8)
     ),
     ("apply", "sm_90", "tf32"): _by_ranks(*[Tiles(64, 64)] * 3, Tiles(64, 32)),
-    ("apply", "sm_90", "ieee"): _by_ranks(*_IEEE, Tiles(32, 32, stages=2)),
+    ("apply", "sm_90", "ieee"): _by_ranks(*_IEEE, Tiles(32, 32, warps=8, stages=2)),
     ("wgrad", "sm_90", "half"): _by_ranks(*[Tiles(64, 128, features_first=True)] * 4),
     ("wgrad", "sm_90", "tf32"): _by_ranks(*[Tiles(32, 64, features_first=True)] * 4),
     ("wgrad", "sm_90", "ieee"): _by_ranks(
@@ -78,9 +78,9 @@ TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
         Tiles(64, 64, warps=8), *[Tiles(64, 128)] * 2, Tiles(64, 64, warps=8)
     ),
     ("apply", "sm_100", "tf32"): _by_ranks(
-        *[Tiles(64, 64)] * 2, Tiles(64, 32, warps=8), Tiles(64, 32)
+        *[Tiles(64, 64)] * 2, Tiles(64, 32, warps=8), Tiles(64, 16)
     ),
-    ("apply", "sm_100", "ieee"): _by_ranks(*_IEEE, Tiles(32, 32, stages=2)),
+    ("apply", "sm_100", "ieee"): _by_ranks(*_IEEE, Tiles(16, 32, stages=2)),
     ("wgrad", "sm_100", "half"): _by_ranks(*[Tiles(64, 128, features_first=True)] * 4),
     ("wgrad", "sm_100", "tf32"): _by_ranks(*[Tiles(32, 64, features_first=True)] * 4),
     ("wgrad", "sm_100", "ieee"): _by_ranks(
