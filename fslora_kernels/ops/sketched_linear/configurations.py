@@ -75,7 +75,7 @@ TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
         *[Tiles(32, 64)] * 2, Tiles(32, 64, warps=8), Tiles(32, 64, features_first=True)
     ),
     ("apply", "sm_100", "half"): _by_ranks(
-        Tiles(64, 64, warps=8), *[Tiles(64, 128)] * 2, Tiles(64, 64, warps=8)
+        Tiles(64, 64, warps=8), *[Tiles(64, 128)] * 2, Tiles(64, 32, warps=8)
     ),
     ("apply", "sm_100", "tf32"): _by_ranks(
         *[Tiles(64, 64)] * 2, Tiles(64, 32, warps=8), Tiles(64, 16)
@@ -87,7 +87,7 @@ TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
         *[Tiles(32, 64)] * 2, Tiles(32, 64, warps=8), Tiles(32, 64, features_first=True)
     ),
     ("apply", "gfx942", "half"): _by_ranks(
-        Tiles(64, 64, stages=2), *[Tiles(64, 32, stages=2)] * 2, Tiles(64, 16, stages=2)
+        Tiles(64, 64, stages=2), Tiles(64, 32, stages=2), *[Tiles(64, 16, stages=2)] * 2
     ),
     ("apply", "gfx942", "ieee"): _by_ranks(*[Tiles(64, 64, stages=2)] * 4),
     ("wgrad", "gfx942", "half"): _by_ranks(*[Tiles(64, 64, stages=2)] * 4),
