@@ -32,7 +32,8 @@ from benchmarks.timing import (
 )
 from benchmarks.workload import bare, default_model, shared_model, with_adapter
 from fslora.client import heads
-from fslora.sketch import draw_sketches, sketch_size
+from fslora.sketch import draw_sketches
+from fslora_kernels.sampling import sketch_size
 from fslora_kernels.testing import check_error_budget
 
 ALPHA = 16.0

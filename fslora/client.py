@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fslora_kernels
 from fslora.data.tasks import Batch, Examples, Task
 from fslora.protocol import Adapters, ClientTask, ClientUpdate, Extras, LocalRule, LoRAWeights
-from fslora.seeds import fold_in
+from fslora_kernels.seeds import fold_in
 
 
 def heads(model: nn.Module) -> dict[str, nn.Parameter]:

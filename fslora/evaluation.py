@@ -11,8 +11,9 @@ import fslora_kernels
 from fslora.data.tasks import Evaluation, Examples, Task
 from fslora.models import put_state
 from fslora.protocol import ServerState
-from fslora.seeds import fold_in
-from fslora.sketch import draw_sketches, sketch_size
+from fslora.sketch import draw_sketches
+from fslora_kernels.sampling import sketch_size
+from fslora_kernels.seeds import fold_in
 
 
 def evenly(examples: Examples, groups: Sequence[int], limit: int) -> tuple[Examples, list[int]]:

@@ -21,7 +21,7 @@ import fslora_kernels
 from fslora.client import heads
 from fslora.config import SimulateConfig
 from fslora.protocol import Adapters, Extras, LoRAWeights
-from fslora.seeds import fold_in
+from fslora_kernels.seeds import fold_in
 
 # A model that lies in this package, by the name it is asked for.
 BUILT_IN = {"docs-base": "assets/base"}

@@ -11,8 +11,8 @@ import numpy as np
 from fslora.aggregation import in_task_order
 from fslora.client import payload_bytes
 from fslora.protocol import ClientFn, ClientTask, ClientUpdate, Engine, ServerState, Strategy
-from fslora.seeds import fold_in
 from fslora.validate import rejection
+from fslora_kernels.seeds import fold_in
 
 
 class NoUsableUpdateError(RuntimeError):

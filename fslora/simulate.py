@@ -25,11 +25,11 @@ from fslora.data.tasks import Task, pad_id
 from fslora.engines import sequential
 from fslora.models import load_model, load_tokenizer, put_state, take_state
 from fslora.protocol import LocalRule, ServerState, Strategy
-from fslora.seeds import fold_in
 from fslora.server import ClientRecord, RoundRecord, rounds
-from fslora.sketch import sketch_size
 from fslora.strategies import STRATEGIES
 from fslora.summary import summarise
+from fslora_kernels.sampling import sketch_size
+from fslora_kernels.seeds import fold_in
 
 
 @dataclass(frozen=True, slots=True)

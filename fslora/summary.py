@@ -10,7 +10,7 @@ import torch
 from fslora.client import payload_bytes
 from fslora.config import SimulateConfig
 from fslora.protocol import ServerState
-from fslora.sketch import sketch_size
+from fslora_kernels.sampling import sketch_size
 
 Record = dict[str, Any]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -37,6 +38,42 @@ def arithmetic_of(dtype: torch.dtype, target: str) -> str:
         return "half"
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and target.startswith("sm_")
     return "tf32" if tf32 else "ieee"
+
+
+def refuses(x: Tensor, lora_a: Tensor, lora_b: Tensor, ranks: int, of: str) -> str | None:
+    """Say why no kernel of an adapter's products takes a call on any device, or None.
+
+    Args:
+        x: the input.
+        lora_a: the factors.
+        lora_b: of the same dtype.
+        ranks: the most that are selected.
+        of: who has them, for the message.
+    """
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype} and the kernels take float32, float16 and bfloat16"
+    if lora_a.dtype != lora_b.dtype or lora_a.dtype not in (x.dtype, torch.float32):
+        return (
+            f"lora_a is {lora_a.dtype} and lora_b {lora_b.dtype}, and the kernels take both in "
+            f"x's {x.dtype} or both in float32"
+        )
+    if ranks > MAX_RANKS:
+        return (
+            f"{of} has more than {MAX_RANKS} ranks, for which torch's matrix products are better "
+            "suited"
+        )
+    if interpreting() and x.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies the raw bits of bfloat16 (use float32)"
+    return None
+
+
+def unknown_target(device: torch.device, tiles: Iterable[tuple[str, str, str]]) -> str | None:
+    """Say that no tiles were chosen for a device's target, or None."""
+    target, _ = target_of(device)
+    known = {key[1] for key in tiles} - {"interpreter"}
+    if target in known:
+        return None
+    return f"no tiles were chosen for {target} (there are some for {', '.join(sorted(known))})"
 
 
 def launch(kernel, grid: tuple[int, ...], tiles, like: Tensor, **arguments) -> None:

@@ -32,6 +32,24 @@ Adapters = dict[str, LoRAWeights]
 """Module name (as in ``model.named_modules()``) to its low-rank pair."""
 
 
+def check_devices(device: torch.device, of: str, **tensors: Tensor | None) -> None:
+    """Check that tensors are on one device.
+
+    Args:
+        device: the device that they must be on.
+        of: whose device that is, for the message.
+        tensors: by the names that the user knows; None is passed over.
+
+    Raises:
+        ValueError: naming the first that is elsewhere.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but {of} is on {device}; move both to one device"
+            )
+
+
 def check_index(index: Tensor, rank: int) -> None:
     """Check that ``index`` is a valid index set of a rank-``rank`` adapter.
 

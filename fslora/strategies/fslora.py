@@ -28,8 +28,9 @@ from fslora.protocol import (
     ServerState,
     Strategy,
 )
-from fslora.seeds import fold_in
-from fslora.sketch import draw_sketches, sketch_size
+from fslora.sketch import draw_sketches
+from fslora_kernels.sampling import sketch_size
+from fslora_kernels.seeds import fold_in
 
 
 def fslora(

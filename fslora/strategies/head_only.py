@@ -20,7 +20,7 @@ from fslora.protocol import (
     ServerState,
     Strategy,
 )
-from fslora.seeds import fold_in
+from fslora_kernels.seeds import fold_in
 
 
 def head_only(

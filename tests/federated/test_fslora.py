@@ -11,9 +11,9 @@ import fslora_kernels
 from fslora.client import _batches, payload_bytes
 from fslora.engines import sequential
 from fslora.protocol import LocalRule
-from fslora.seeds import fold_in
 from fslora.server import run_round
-from fslora.sketch import sketch_size
+from fslora_kernels.sampling import sketch_size
+from fslora_kernels.seeds import fold_in
 
 from .worlds import CLIENTS, RANK, examples, peft_model, world
 

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fslora.protocol import Sketch
-from fslora.seeds import fold_in, splitmix64
-from fslora.sketch import draw_sketches, sketch_size
+from fslora.sketch import draw_sketches
+from fslora_kernels.sampling import sketch_size
+from fslora_kernels.seeds import fold_in, splitmix64
 
 RANK, SIZE = 16, 4
 MODULES = [f"layer.{n}" for n in range(4000)]

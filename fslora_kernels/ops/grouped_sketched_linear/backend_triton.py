@@ -171,30 +171,13 @@ def _wgrad(
 def refuses(arguments: Arguments) -> str | None:
     """Say why the kernels cannot, or should not, run this call."""
     x_TD, lora_a, lora_b = arguments.x, arguments.lora_a, arguments.lora_b
-    if x_TD.dtype not in _launch.DTYPES:
-        return f"x is {x_TD.dtype} and the kernels take float32, float16 and bfloat16"
-    if lora_a.dtype != lora_b.dtype or lora_a.dtype not in (x_TD.dtype, torch.float32):
-        return (
-            f"lora_a is {lora_a.dtype} and lora_b {lora_b.dtype}, and the kernels take both in "
-            f"x's {x_TD.dtype} or both in float32"
-        )
-    if max(arguments.ranks) > _launch.MAX_RANKS:
-        return (
-            f"a group has more than {_launch.MAX_RANKS} ranks, for which torch's matrix "
-            "products are better suited"
-        )
-    if interpreting():
-        if x_TD.dtype == torch.bfloat16:
-            return "Triton's interpreter multiplies the raw bits of bfloat16 (use float32)"
-        return None
-    return _refuses_on_gpu(arguments)
+    reason = _launch.refuses(x_TD, lora_a, lora_b, max(arguments.ranks), "a group")
+    if reason is not None or interpreting():
+        return reason
+    return _launch.unknown_target(x_TD.device, TILES) or _refuses_factors(arguments)
 
 
-def _refuses_on_gpu(arguments: Arguments) -> str | None:
-    target, _ = _launch.target_of(arguments.x.device)
-    if ("apply", target, "half") not in TILES:
-        known = ", ".join(sorted({key[1] for key in TILES} - {"interpreter"}))
-        return f"no tiles were chosen for {target} (there are some for {known})"
+def _refuses_factors(arguments: Arguments) -> str | None:
     unit = _launch.ALIGNMENT
     for name, factor in (("lora_a", arguments.lora_a), ("lora_b", arguments.lora_b)):
         features = factor.shape[1]

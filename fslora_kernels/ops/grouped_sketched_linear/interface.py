@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fslora_kernels.ops.grouped_sketched_linear.op import Arguments, GroupedSketchedLinear, choose
-from fslora_kernels.weights import check_index
+from fslora_kernels.ops.sketched_linear.interface import in_compute_dtype
+from fslora_kernels.weights import check_devices, check_index
 
 
 def grouped_sketched_linear(
@@ -80,20 +81,10 @@ def grouped_sketched_linear(
     rank_offsets = _offsets("rank_offsets", rank_offsets)
     _check_shapes(x, weight, lora_a, lora_b, bias)
     _check_groups(x, lora_a, index, token_offsets, rank_offsets)
-    for name, tensor in (
-        ("weight", weight),
-        ("lora_a", lora_a),
-        ("lora_b", lora_b),
-        ("index", index),
-        ("bias", bias),
-    ):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} but x is on {x.device}; move both to one device"
-            )
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    check_devices(
+        x.device, "x", weight=weight, lora_a=lora_a, lora_b=lora_b, index=index, bias=bias
+    )
+    x = in_compute_dtype(x)
     arguments = Arguments(
         x,
         weight,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fslora_kernels.ops.scatter_mean.op import Arguments, backend, choose
+from fslora_kernels.weights import check_devices
 
 
 def scatter_mean(
@@ -97,13 +98,8 @@ def _check(rows: Tensor, index: Tensor, size: int, denominator: float | Tensor) 
 
 
 def _check_tensors(rows: Tensor, index: Tensor, denominator: float | Tensor) -> None:
-    for name, tensor in (("rows", rows), ("index", index), ("denominator", denominator)):
-        if not isinstance(tensor, Tensor):
-            continue
-        if tensor.device != rows.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} but rows is on {rows.device}; move both to one "
-                "device"
-            )
-        if tensor.requires_grad:
+    weights = denominator if isinstance(denominator, Tensor) else None
+    check_devices(rows.device, "rows", index=index, denominator=weights)
+    for name, tensor in (("rows", rows), ("denominator", weights)):
+        if tensor is not None and tensor.requires_grad:
             raise ValueError(f"scatter_mean has no gradient; pass {name}.detach()")

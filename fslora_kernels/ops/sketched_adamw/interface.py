@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fslora_kernels.ops.sketched_adamw.op import Arguments, Rule, backend, choose, count_step
-from fslora_kernels.weights import check_index
+from fslora_kernels.weights import check_devices, check_index
 
 
 @torch.no_grad()
@@ -101,10 +101,6 @@ def _check(arguments: Arguments) -> None:
             f"steps must be int64 or float32 [{ranks}], one count per row, got {steps.dtype} "
             f"{tuple(steps.shape)}"
         )
-    for name in ("gradient", "exp_avg", "exp_avg_sq", "steps", "index"):
-        found = getattr(arguments, name)
-        if found is not None and found.device != parameter.device:
-            raise ValueError(
-                f"{name} is on {found.device} but parameter is on {parameter.device}; move both "
-                "to one device"
-            )
+    names = ("gradient", "exp_avg", "exp_avg_sq", "steps", "index")
+    tensors = {name: getattr(arguments, name) for name in names}
+    check_devices(parameter.device, "parameter", **tensors)

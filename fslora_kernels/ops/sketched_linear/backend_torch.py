@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 # Elements of a base weight up to which the Python of a backward pass costs a processor more than
 # the additional pass over dx that torch's own differentiation makes.
 SMALL_LAYER = 128 * 128
-# Ranks below which x factorᵀ is faster computed as its transpose: at 8 by 1.7 times in float32, 1.3
-# in bfloat16; from 16 on it is no faster in float32 and up to 1.3 times slower in bfloat16.
+# Ranks below which a processor computes x factorᵀ faster as its transpose: at 8 by 1.7 times in
+# float32, 1.3 in bfloat16; from 16 on it is no faster in float32 and up to 1.3 times slower in
+# bfloat16.
 RANK_MAJOR_BELOW = 16
 # Where a processor adds the small product faster than the large one, by 5% of the layer; it costs
 # the rounding that delta first saves.
@@ -52,9 +53,9 @@ def _mask(arguments: Arguments) -> Tensor:
 
 
 def _shrink(x_TF: Tensor, factor_SF: Tensor, gain: float | Tensor) -> Tensor:
-    """Return gain · x factorᵀ ``[T, S]``, rank-major in memory where the ranks are few."""
+    """Return gain · x factorᵀ ``[T, S]``; on a processor rank-major where the ranks are few."""
     left, right = x_TF, factor_SF.t()
-    if transposed := len(factor_SF) < RANK_MAJOR_BELOW:
+    if transposed := x_TF.device.type == "cpu" and len(factor_SF) < RANK_MAJOR_BELOW:
         left, right = factor_SF, x_TF.t()
     if isinstance(gain, Tensor):
         product = torch.mm(left, right)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fslora_kernels.ops.sketched_linear.op import Arguments, compute
-from fslora_kernels.weights import check_index
+from fslora_kernels.weights import check_devices, check_index
 
 
 def sketched_linear(
@@ -144,14 +144,6 @@ def check(
     size = rank if index is None else index.shape[0]
     if rank_weight is not None and rank_weight.shape != (size,):
         raise ValueError(f"rank_weight must be [{size}], got {tuple(rank_weight.shape)}")
-    for name, tensor in (
-        ("weight", weight),
-        ("lora_a", lora_a),
-        ("lora_b", lora_b),
-        ("index", index),
-        ("bias", bias),
-    ):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} but x is on {x.device}; move both to one device"
-            )
+    check_devices(
+        x.device, "x", weight=weight, lora_a=lora_a, lora_b=lora_b, index=index, bias=bias
+    )
