@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         extract,
         fuse,
         modules,
+        ranks,
         scatter,
         sketch,
         unbind,
@@ -50,6 +51,7 @@ __all__ = [
     "fuse",
     "grouped_sketched_linear",
     "modules",
+    "ranks",
     "scatter",
     "scatter_mean",
     "shared_sketched_linear",
@@ -61,7 +63,18 @@ __all__ = [
 ]
 
 _NEEDS_PEFT = frozenset(
-    {"FuseReport", "bind", "extract", "fuse", "modules", "scatter", "sketch", "unbind", "unfuse"}
+    {
+        "FuseReport",
+        "bind",
+        "extract",
+        "fuse",
+        "modules",
+        "ranks",
+        "scatter",
+        "sketch",
+        "unbind",
+        "unfuse",
+    }
 )
 
 

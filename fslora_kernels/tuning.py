@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fslora_kernels.ops.sketched_linear.configurations import PADDED_RANKS, TILES, Tiles
+from fslora_kernels.ops.sketched_linear.configurations import TILES, Tiles
+from fslora_kernels.ops.sketched_linear.op import PADDED_RANKS
 
 Key = tuple[str, str, int]
 """Kernel, arithmetic, padded ranks."""

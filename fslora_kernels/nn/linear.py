@@ -16,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from fslora_kernels.ops.sketched_linear.interface import unchecked
-from fslora_kernels.weights import LoRAWeights
+from fslora_kernels.weights import LoRAWeights, check_devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,15 @@ class Restriction:
 UNRESTRICTED = Restriction()
 
 
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def indirect_reason(base: nn.Module) -> str | None:
     """Say why the base product cannot be accumulated onto the delta, or None if it can.
 
@@ -46,12 +55,7 @@ def indirect_reason(base: nn.Module) -> str | None:
     kind = type(base.weight)
     if kind is not nn.Parameter and kind is not Tensor:
         return f"its base weight is a {kind.__name__}"
-    if (
-        base._forward_hooks
-        or base._forward_pre_hooks
-        or base._backward_hooks
-        or base._backward_pre_hooks
-    ):
+    if _hooked(base):
         return "its base layer has hooks"
     if "forward" in base.__dict__ or "_hf_hook" in base.__dict__:
         return "the forward of its base layer is replaced"
@@ -63,8 +67,8 @@ def _mixed_dtypes(x: Tensor, weight: Tensor) -> bool:
     return x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
-class SketchedLoRALinear(PeftLinear):  # type: ignore[misc]
-    """``peft.tuners.lora.Linear`` computed by ``sketched_linear``.
+class SketchedForward:
+    """The forward pass of a fused LoRA layer, mixed into PEFT's class of it.
 
     Everything but the plain unmerged forward pass is PEFT's own code.
 
@@ -76,9 +80,9 @@ class SketchedLoRALinear(PeftLinear):  # type: ignore[misc]
     implementation: str | None
     restrictions: dict[str, Restriction]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         """Return base(x) plus the active adapters' deltas, ``[..., out_features]``."""
-        vanilla = self._vanilla_reason(args, kwargs)
+        vanilla = _vanilla_reason(self, args, kwargs)
         if vanilla is not None:
             if self.restrictions and not self.disable_adapters:
                 raise ValueError(
@@ -86,7 +90,7 @@ class SketchedLoRALinear(PeftLinear):  # type: ignore[misc]
                     "with the whole adapter; call fslora_kernels.sketch(model, None) and "
                     "fslora_kernels.unbind(model) first"
                 )
-            result: Tensor = super().forward(x, *args, **kwargs)
+            result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return result
         y: Tensor | None = None
         base = self.base_layer
@@ -95,48 +99,61 @@ class SketchedLoRALinear(PeftLinear):  # type: ignore[misc]
             y = base(x)
         for name in self.active_adapters:
             if name in self.scaling:
-                y = self._add_adapter(name, x, base, y)
+                y = _add_adapter(self, name, x, base, y)
         return base(x) if y is None else y
 
-    def _vanilla_reason(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        if args or kwargs:
-            return "the call passes more than the input"
-        if self.disable_adapters:
-            return "the adapters are disabled"
-        if self.merged:
-            return "an adapter is merged into the base weight"
-        if self.lora_variant and any(name in self.lora_variant for name in self.active_adapters):
-            return "an active adapter is a LoRA variant"
-        return None
 
-    def _add_adapter(
-        self,
-        name: str,
-        x: Tensor,
-        base: Any,  # noqa: ANN401
-        y: Tensor | None,
-    ) -> Tensor:
-        """Return base(x) plus this adapter's delta, or y plus it where y is given."""
-        restriction = self.restrictions.get(name, UNRESTRICTED)
-        scale, index = self.scaling[name], restriction.index
-        if restriction.leaves is not None:
-            lora_a, lora_b = restriction.leaves
-            scale = scale * (self.r[name] / lora_a.shape[0])
-        else:
-            lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight.t()
-            if index is not None:
-                scale = scale * (self.r[name] / index.shape[0])
-        bias = self.lora_B[name].bias * self.scaling[name] if self.lora_bias[name] else None
-        weight = None
-        if y is None:
-            weight = base.weight if type(base) is nn.Linear else base.weight.t()
-            base_bias = base.bias
-            if base_bias is not None:
-                bias = base_bias if bias is None else base_bias + bias
-        dropout = 0.0
-        if self.training and type(self.lora_dropout[name]) is nn.Dropout:
-            dropout = self.lora_dropout[name].p
-        delta = unchecked(
-            x, weight, lora_a, lora_b, index, bias, scale, dropout, None, self.implementation
-        )
-        return delta if y is None else y + delta.to(y.dtype)
+class SketchedLoRALinear(SketchedForward, PeftLinear):  # type: ignore[misc]
+    """``peft.tuners.lora.Linear`` computed by ``sketched_linear``."""
+
+
+def _vanilla_reason(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:  # noqa: ANN401
+    """Say why a call is left to PEFT's own forward, or None."""
+    if args or kwargs:
+        return "the call passes more than the input"
+    if layer.disable_adapters:
+        return "the adapters are disabled"
+    if layer.merged:
+        return "an adapter is merged into the base weight"
+    for name in layer.active_adapters:
+        if name in layer.lora_variant:
+            return "an active adapter is a LoRA variant"
+        if name in layer.scaling and name not in layer.restrictions:
+            for factor in (layer.lora_A[name], layer.lora_B[name]):
+                if type(factor) is not nn.Linear or _hooked(factor):
+                    return "a factor is wrapped, replaced or has hooks"
+    return None
+
+
+def _add_adapter(
+    layer: Any,  # noqa: ANN401
+    name: str,
+    x: Tensor,
+    base: Any,  # noqa: ANN401
+    y: Tensor | None,
+) -> Tensor:
+    """Return base(x) plus this adapter's delta, or y plus it where y is given."""
+    restriction = layer.restrictions.get(name, UNRESTRICTED)
+    scale, index = layer.scaling[name], restriction.index
+    if restriction.leaves is not None:
+        lora_a, lora_b = restriction.leaves
+        scale = scale * (layer.r[name] / lora_a.shape[0])
+    else:
+        lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight.t()
+        if index is not None:
+            scale = scale * (layer.r[name] / index.shape[0])
+    check_devices(x.device, "the layer's input", adapter=lora_a, index=index)
+    bias = layer.lora_B[name].bias * layer.scaling[name] if layer.lora_bias[name] else None
+    weight = None
+    if y is None:
+        weight = base.weight if type(base) is nn.Linear else base.weight.t()
+        base_bias = base.bias
+        if base_bias is not None:
+            bias = base_bias if bias is None else base_bias + bias
+    dropout = 0.0
+    if layer.training and type(layer.lora_dropout[name]) is nn.Dropout:
+        dropout = layer.lora_dropout[name].p
+    delta = unchecked(
+        x, weight, lora_a, lora_b, index, bias, scale, dropout, None, layer.implementation
+    )
+    return delta if y is None else y + delta.to(y.dtype)

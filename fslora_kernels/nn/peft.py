@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as PeftLinear
@@ -14,11 +15,30 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from fslora_kernels._dispatch import check_implementation, unavailable
-from fslora_kernels.nn.linear import Restriction, SketchedLoRALinear, indirect_reason
+from fslora_kernels.nn.linear import (
+    Restriction,
+    SketchedForward,
+    SketchedLoRALinear,
+    indirect_reason,
+)
 from fslora_kernels.weights import Adapters, LoRAWeights, check_index
 
-# Exact types only: a subclass may compute something else.
-FUSED_CLASSES = ((PeftLinear, SketchedLoRALinear),)
+# Exact types only: a subclass may compute something else. The quantised ones are known by their
+# names, so that their libraries are not imported here; they join the table when one is met.
+QUANTISED = (
+    "peft.tuners.lora.bnb.Linear8bitLt",
+    "peft.tuners.lora.bnb.Linear4bit",
+    "peft.tuners.lora.torchao.TorchaoLoraLinear",
+)
+FUSED_CLASSES: dict[type, type] = {PeftLinear: SketchedLoRALinear}
+
+
+def _fused_class(peft_class: type) -> type | None:
+    """Return our class for PEFT's class of a layer, or None where there is none."""
+    if f"{peft_class.__module__}.{peft_class.__qualname__}" in QUANTISED:
+        name = f"Sketched{peft_class.__name__}"
+        FUSED_CLASSES.setdefault(peft_class, type(name, (SketchedForward, peft_class), {}))
+    return FUSED_CLASSES.get(peft_class)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +68,7 @@ class FuseReport:
 
 
 def _refusal(layer: LoraLayer) -> str | None:
-    if type(layer) not in dict(FUSED_CLASSES):
+    if _fused_class(type(layer)) is None:
         return f"{type(layer).__name__} is not among the fused types"
     if layer.lora_variant:
         variants = {type(variant).__name__ for variant in layer.lora_variant.values()}
@@ -88,11 +108,11 @@ def fuse(model: nn.Module, implementation: str | None = None) -> FuseReport:
         raise NotImplementedError(f"implementation {implementation!r} cannot run here: {reason}")
     fused, left = {}, {}
     for name, layer in layers:
-        if not isinstance(layer, SketchedLoRALinear):
+        if not isinstance(layer, SketchedForward):
             if (refusal := _refusal(layer)) is not None:
                 left[name] = refusal
                 continue
-            layer.__class__ = dict(FUSED_CLASSES)[type(layer)]
+            layer.__class__ = _fused_class(type(layer))
             layer.restrictions = {}
         layer.implementation = implementation
         indirect = indirect_reason(layer.base_layer)
@@ -102,16 +122,15 @@ def fuse(model: nn.Module, implementation: str | None = None) -> FuseReport:
 
 def unfuse(model: nn.Module) -> None:
     """Give every fused layer its PEFT class back; sketches and bound leaves are dropped."""
-    classes: dict[type, type] = {ours: theirs for theirs, ours in FUSED_CLASSES}
     for layer in model.modules():
-        if type(layer) in classes:
-            layer.__class__ = classes[type(layer)]
+        if isinstance(layer, SketchedForward):
             del layer.restrictions, layer.implementation
+            layer.__class__ = type(layer).__bases__[1]
 
 
-def fused_layers(model: nn.Module) -> dict[str, SketchedLoRALinear]:
+def fused_layers(model: nn.Module) -> dict[str, Any]:
     """Return the fused layers by module name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, SketchedLoRALinear)}
+    return {n: m for n, m in model.named_modules() if isinstance(m, SketchedForward)}
 
 
 def modules(model: nn.Module) -> list[str]:
@@ -119,9 +138,35 @@ def modules(model: nn.Module) -> list[str]:
     return list(fused_layers(model))
 
 
+def ranks(model: nn.Module, *, adapter_name: str | None = None) -> dict[str, int]:
+    """Return the rank of every fused layer that has the adapter, as ``draw_indices`` takes them.
+
+    Args:
+        model: a fused model.
+        adapter_name: the adapter that is meant; default the active one.
+
+    Raises:
+        ValueError: no fused layer has such an adapter.
+    """
+    layers = fused_layers(model)
+    names = [
+        name
+        for name, layer in layers.items()
+        if adapter_name in layer.r
+        or (adapter_name is None and any(active in layer.r for active in layer.active_adapters))
+    ]
+    if not names:
+        wanted = "an active adapter" if adapter_name is None else f"the adapter {adapter_name!r}"
+        raise ValueError(f"no fused layer has {wanted}; call fslora_kernels.fuse(model) first")
+    return {
+        name: layer.r[adapter]
+        for name, layer, adapter in _named(model, dict.fromkeys(names), adapter_name)
+    }
+
+
 def _named(
     model: nn.Module, names: Mapping[str, object], adapter_name: str | None
-) -> Iterator[tuple[str, SketchedLoRALinear, str]]:
+) -> Iterator[tuple[str, Any, str]]:
     """Yield each named layer with the adapter that is meant."""
     layers = fused_layers(model)
     for name in names:
@@ -279,7 +324,7 @@ def scatter(
         lora_b[rows] = adapters[name].lora_b.detach().to(lora_b)
 
 
-def _factors(layer: SketchedLoRALinear, adapter: str) -> LoRAWeights:
+def _factors(layer: Any, adapter: str) -> LoRAWeights:  # noqa: ANN401
     """Return the layer's own factors, rank-major views that share their storage."""
     return LoRAWeights(
         layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach().t()

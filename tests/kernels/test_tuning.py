@@ -8,7 +8,8 @@ import torch
 from fslora_kernels import tuning
 from fslora_kernels._dispatch import interpreting
 from fslora_kernels.ops.sketched_linear import configurations
-from fslora_kernels.ops.sketched_linear.configurations import PADDED_RANKS, TILES, Tiles
+from fslora_kernels.ops.sketched_linear.configurations import TILES, Tiles
+from fslora_kernels.ops.sketched_linear.op import PADDED_RANKS
 from fslora_kernels.tuning import Measured
 
 SHAPE = (40, 32, 48)

@@ -28,8 +28,9 @@ from fslora_kernels.ops.grouped_sketched_linear.configurations import (
     apply_constants,
     wgrad_constants,
 )
-from fslora_kernels.ops.grouped_sketched_linear.op import PADDED_RANKS, Arguments
+from fslora_kernels.ops.grouped_sketched_linear.op import Arguments
 from fslora_kernels.ops.grouped_sketched_linear.plan import Bucket, Plan, plan
+from fslora_kernels.ops.sketched_linear.op import PADDED_RANKS
 
 
 def _planned(arguments: Arguments) -> tuple[Plan, str, str]:

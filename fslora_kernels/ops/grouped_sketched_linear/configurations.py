@@ -16,9 +16,9 @@ from fslora_kernels.ops.grouped_sketched_linear.backend_triton_kernels import (
     grouped_reduce_kernel,
     grouped_wgrad_kernel,
 )
-from fslora_kernels.ops.grouped_sketched_linear.op import PADDED_RANKS
 from fslora_kernels.ops.sketched_linear import configurations as one_group
 from fslora_kernels.ops.sketched_linear.configurations import Tiles
+from fslora_kernels.ops.sketched_linear.op import PADDED_RANKS
 
 # (kernel, target, arithmetic) → padded ranks → tiles.
 TILES = dict(one_group.TILES)

@@ -12,11 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fslora_kernels import _dispatch
-from fslora_kernels.ops.sketched_linear.op import Cost
+from fslora_kernels.ops.sketched_linear.op import Cost, padded_ranks
 from fslora_kernels.ops.sketched_linear.op import cost as cost_of_one
-
-# What the kernels pad the ranks of a group to; beyond the last, torch is asked.
-PADDED_RANKS = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +118,6 @@ class GroupedSketchedLinear(torch.autograd.Function):
         dweight = torch.mm(dy_TE.t(), x).to(weight.dtype) if needs_weight else None
         dbias = dy_TE.sum(0).to(ctx.bias_dtype) if needs_bias else None
         return dx, dweight, da, db, None, dbias, None, None, None, None
-
-
-def padded_ranks(ranks: int) -> int:
-    """Return the number of ranks that the kernels compute for a group of so many."""
-    return next((padded for padded in PADDED_RANKS if ranks <= padded), ranks)
 
 
 def cost(

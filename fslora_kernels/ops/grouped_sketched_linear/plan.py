@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fslora_kernels.ops.grouped_sketched_linear.op import PADDED_RANKS, padded_ranks
+from fslora_kernels.ops.sketched_linear.op import PADDED_RANKS, padded_ranks
 
 # Depends on nothing else, so that the sum over a group's tokens is the same in any batch. A
 # multiple of every tile's tokens.

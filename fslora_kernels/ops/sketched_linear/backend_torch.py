@@ -47,7 +47,7 @@ def _select(arguments: Arguments) -> tuple[Tensor, Tensor]:
 def _mask(arguments: Arguments) -> Tensor:
     """Regenerate the dropout mask, already divided by the probability of keeping: ``[T, D]``."""
     x_TD = arguments.x
-    generator = torch.Generator(x_TD.device).manual_seed(arguments.seed)
+    generator = torch.Generator(x_TD.device).manual_seed(arguments.seed or 0)
     keep = 1.0 - arguments.dropout
     return torch.empty_like(x_TD).bernoulli_(keep, generator=generator).div_(keep)
 
@@ -91,9 +91,14 @@ def differentiates_itself(arguments: Arguments) -> bool:
 
 
 def differentiable(arguments: Arguments) -> Tensor:
-    """Return y ``[T, E]`` by products that torch differentiates."""
+    """Return y ``[T, E]`` by products that torch, or a compiler, differentiates."""
     a_SD, b_SE = _select(arguments)
-    h_TS = functional.linear(arguments.x, a_SD).mul_(arguments.gain)
+    x_TD = arguments.x
+    if arguments.dropout:
+        # A compiler keeps at most the bits of torch's own dropout.
+        own = arguments.seed is None
+        x_TD = functional.dropout(x_TD, arguments.dropout) if own else x_TD * _mask(arguments)
+    h_TS = functional.linear(x_TD, a_SD).mul_(arguments.gain)
     return _outputs(arguments, h_TS, b_SE)
 
 

@@ -33,7 +33,6 @@ from fslora_kernels._tiles import (
 from fslora_kernels.ops.sketched_linear.configurations import (
     MASK,
     MAX_PADDED_WITH_DROPOUT,
-    PADDED_RANKS,
     REDUCE,
     TILES,
     Tiles,
@@ -42,7 +41,7 @@ from fslora_kernels.ops.sketched_linear.configurations import (
     reduce_constants,
     wgrad_constants,
 )
-from fslora_kernels.ops.sketched_linear.op import Arguments
+from fslora_kernels.ops.sketched_linear.op import Arguments, padded_ranks
 from fslora_kernels.tuning import measured_tiles
 
 PROGRAMS_PER_PROCESSOR = 2
@@ -59,10 +58,6 @@ def tiles_for(kernel: str, device: torch.device, arithmetic: str, padded: int) -
         return default
     name = torch.cuda.get_device_name(device)
     return measured_tiles(name).get((kernel, arithmetic, padded), default)
-
-
-def _padded(ranks: int) -> int:
-    return next(padded for padded in PADDED_RANKS if ranks <= padded)
 
 
 def _ranks(arguments: Arguments) -> int:
@@ -115,7 +110,7 @@ def apply(
     tokens, features_in = x_TF.shape
     features_out = 0 if v_RG is None else v_RG.shape[1]
     ranks = _ranks(arguments)
-    padded = _padded(ranks)
+    padded = padded_ranks(ranks)
     h_TP = torch.empty(tokens, padded, dtype=x_TF.dtype, device=x_TF.device)
     y_TG = None
     if v_RG is not None:
@@ -253,7 +248,8 @@ def refuses(arguments: Arguments) -> str | None:
 def _refuses_on_gpu(arguments: Arguments) -> str | None:
     lora_a, lora_b = arguments.lora_a, arguments.lora_b
     if arguments.dropout and (
-        arguments.x.dtype == torch.float32 or _padded(_ranks(arguments)) > MAX_PADDED_WITH_DROPOUT
+        arguments.x.dtype == torch.float32
+        or padded_ranks(_ranks(arguments)) > MAX_PADDED_WITH_DROPOUT
     ):
         return (
             "with dropout the kernels spill registers in float32 and at more than "

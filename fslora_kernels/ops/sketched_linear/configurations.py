@@ -14,8 +14,8 @@ from typing import Any
 
 from fslora_kernels._tiles import apply_kernel, mask_kernel, reduce_kernel, wgrad_kernel
 from fslora_kernels.aot import Variant
+from fslora_kernels.ops.sketched_linear.op import PADDED_RANKS
 
-PADDED_RANKS = (16, 32, 64, 128)
 MAX_PADDED_WITH_DROPOUT = 64
 
 

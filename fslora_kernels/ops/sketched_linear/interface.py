@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fslora_kernels.ops.sketched_linear.op import Arguments, compute
+from fslora_kernels.ops.sketched_linear.traced import traceable
 from fslora_kernels.weights import check_devices, check_index
 
 
@@ -43,7 +44,8 @@ def sketched_linear(
         rank_weight: ``[sketch_size]``, multiplies the hidden ranks. Not differentiated.
         dropout: probability of dropping an input feature of the adapter (not of the base layer).
         seed: of the dropout mask; None draws one from torch's generator, as nn.Dropout would.
-        implementation: "torch", "triton", or None for "auto".
+        implementation: "torch", "triton", or None for "auto" (inside ``torch.compile``: torch's
+            products, around which the compiler fuses; "triton" is one operator of the graph).
 
     Returns:
         ``[..., out_features]``.
@@ -90,14 +92,14 @@ def unchecked(
     The arguments are those of ``op.Arguments``: B is rank-major ``[rank, out_features]``.
     """
     x = in_compute_dtype(x)
+    compiling = torch.compiler.is_compiling()
     if not dropout:
         seed = 0
-    elif seed is None:
+    elif seed is None and not compiling:
         seed = int(torch.randint(2**63 - 1, ()).item())
     x_TD = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    y_TE = compute(
-        Arguments(x_TD, weight, lora_a, lora_b, index, bias, gain, dropout, seed), implementation
-    )
+    arguments = Arguments(x_TD, weight, lora_a, lora_b, index, bias, gain, dropout, seed)
+    y_TE = (traceable if compiling else compute)(arguments, implementation)
     return y_TE if x.ndim == 2 else y_TE.view(*x.shape[:-1], y_TE.shape[1])
 
 

@@ -26,7 +26,7 @@ class Arguments:
         bias: ``[E]`` or None.
         gain: the scale, times the rank weights where there are any: a number, ``[]`` or ``[S]``.
         dropout: probability of dropping an input feature of the adapter.
-        seed: of the dropout mask.
+        seed: of the dropout mask; None only inside ``torch.compile``: torch's own generator.
     """
 
     x: Tensor
@@ -37,7 +37,7 @@ class Arguments:
     bias: Tensor | None
     gain: float | Tensor
     dropout: float
-    seed: int
+    seed: int | None
 
 
 class Backend(Protocol):
@@ -58,6 +58,9 @@ class Backend(Protocol):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of x, A and B, in the shapes of the arguments."""
 
+
+# Ranks that the kernels compute with: the next of these, or themselves above the last.
+PADDED_RANKS = (16, 32, 64, 128)
 
 # Best first: "auto" takes the first that does not refuse.
 BACKENDS = {
@@ -94,6 +97,11 @@ def compute(arguments: Arguments, requested: str | None) -> Tensor:
         implementation,
     )
     return y_TE
+
+
+def padded_ranks(ranks: int) -> int:
+    """Return how many ranks the kernels compute with for so many selected ones."""
+    return next((padded for padded in PADDED_RANKS if ranks <= padded), ranks)
 
 
 class SketchedLinear(torch.autograd.Function):

@@ -1,0 +1,169 @@
+"""Sketching on one machine: another set of ranks every few steps of a Hugging Face ``Trainer``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerState
+
+from fslora_kernels.nn.peft import fuse, fused_layers, sketch
+from fslora_kernels.sampling import draw_indices, sketch_size
+from fslora_kernels.seeds import fold_in
+
+log = logging.getLogger(__name__)
+
+Schedule = Callable[[int], float]
+"""Optimizer steps done so far to the sketch ratio S/R in (0, 1]; a fixed ratio is just a number."""
+
+
+def linear_ratio(start: float, end: float, steps: int) -> Schedule:
+    """Let the ratio go from ``start`` to ``end`` in a straight line, and stay there.
+
+    Args:
+        start: ratio at step 0.
+        end: ratio from step ``steps`` on.
+        steps: optimizer steps on the way, at least 1.
+
+    Raises:
+        ValueError: a ratio is not in (0, 1], or ``steps`` is below 1.
+
+    Example:
+        >>> [linear_ratio(1.0, 0.5, steps=10)(step) for step in (0, 5, 10, 11)]
+        [1.0, 0.75, 0.5, 0.5]
+    """
+    if steps < 1:
+        raise ValueError(f"a ratio needs at least 1 step from {start} to {end}, got {steps}")
+    _check(start, end)
+    return lambda step: start + (end - start) * min(step / steps, 1.0)
+
+
+def random_ratio(ratios: Sequence[float], seed: int = 0) -> Schedule:
+    """Draw each ratio out of a few, with equal chances, as a federated cohort of devices has them.
+
+    Args:
+        ratios: at least one, each in (0, 1].
+        seed: the draw depends on it and on the step only.
+
+    Raises:
+        ValueError: there is no ratio, or one is not in (0, 1].
+    """
+    if not ratios:
+        raise ValueError("there is no ratio to draw; give some, such as (0.125, 0.25, 0.5)")
+    _check(*ratios)
+    return lambda step: ratios[fold_in(seed, "ratio", step) % len(ratios)]
+
+
+def _check(*ratios: float) -> None:
+    for ratio in ratios:
+        sketch_size(1, ratio)
+
+
+class SketchCallback(TrainerCallback):  # type: ignore[misc]
+    """Train some ranks of the adapter at a time: every few steps another set in every layer.
+
+    A step computes with S of the R ranks, and gives gradients to these only; S/R is the sketch
+    ratio. The model is fused when training begins, unless it is already.
+
+    Every layer draws its ranks uniformly, from the seed and the step alone: a run that resumes from
+    a checkpoint goes on with the sets that it would have had, and all processes of a distributed
+    run use the same. With gradient accumulation a set holds for the whole optimizer step.
+
+    A sketch is set from the beginning of a step to its end. Evaluation, and whatever comes after
+    training, uses the whole adapter. The factors keep their full shapes, so a saved adapter is a
+    plain PEFT adapter.
+
+    Stock AdamW also moves ranks outside the sketch: their gradients are zero, but they follow old
+    momentum and decay. ``fslora_kernels.SketchedAdamW`` does not; the example passes it.
+
+    Args:
+        ratio: sketch ratio in (0, 1]; or a function of the optimizer steps done so far, asked
+            whenever a set is drawn: ``linear_ratio``, ``random_ratio``, or your own.
+        every: optimizer steps for which a set is kept.
+        seed: of the index sets.
+        adapter_name: the adapter that is sketched; default the active one.
+        evaluate_sketched: let evaluations during training use the sketch of the step before.
+        implementation: what ``fuse`` is called with, where it has to be called.
+
+    Raises:
+        ValueError: ``every`` is below 1, or a fixed ratio is not in (0, 1].
+
+    Example::
+
+        fslora_kernels.fuse(model)
+        optimizer = fslora_kernels.SketchedAdamW(model, lr=1e-3)
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=data,
+            callbacks=[SketchCallback(ratio=0.25, every=10)],
+            optimizers=(optimizer, None),  # None: the schedule that the arguments ask for
+        )
+
+    Source: arXiv 2501.19389, the sketched update of one client.
+    """
+
+    def __init__(
+        self,
+        ratio: float | Schedule = 0.5,
+        *,
+        every: int = 1,
+        seed: int = 0,
+        adapter_name: str | None = None,
+        evaluate_sketched: bool = False,
+        implementation: str | None = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"a sketch is kept for at least one step, got every={every}")
+        if not callable(ratio):
+            _check(ratio)
+        self.ratio = ratio
+        self.every = every
+        self.seed = seed
+        self.adapter_name = adapter_name
+        self.evaluate_sketched = evaluate_sketched
+        self.implementation = implementation
+        self._drawn: tuple[int, dict[str, Tensor | None]] | None = None
+
+    def on_train_begin(self, *_: object, model: nn.Module, **_rest: object) -> None:
+        """Fuse the model unless it is fused.
+
+        Raises:
+            ValueError: no layer of the model can be sketched.
+        """
+        self._drawn = None
+        if fused_layers(model):
+            return
+        report = fuse(model, self.implementation)
+        if not report.fused:
+            raise ValueError(f"no LoRA layer of this model can be sketched: {report}")
+        if report.left:
+            log.warning("layers that are left use all their ranks: %s", report)
+
+    def on_step_begin(
+        self, _args: object, state: TrainerState, *_: object, model: nn.Module, **_rest: object
+    ) -> None:
+        """Set the sketch of this step, a new one where it is due."""
+        step = state.global_step - state.global_step % self.every
+        if self._drawn is None or self._drawn[0] != step:
+            self._drawn = (step, self._draw(model, step))
+        sketch(model, self._drawn[1], adapter_name=self.adapter_name)
+
+    def on_step_end(self, *_: object, model: nn.Module, **_rest: object) -> None:
+        """Clear the sketch, for evaluation and whatever else comes between two steps."""
+        if not self.evaluate_sketched:
+            sketch(model, None)
+
+    def on_train_end(self, *_: object, model: nn.Module, **_rest: object) -> None:
+        """Clear the sketch."""
+        sketch(model, None)
+
+    def _draw(self, model: nn.Module, step: int) -> dict[str, Tensor | None]:
+        ranks = {}
+        for name, layer in fused_layers(model).items():
+            adapter = self.adapter_name or layer.active_adapters[0]
+            if adapter in layer.lora_A:
+                ranks[name] = layer.r[adapter]
+        ratio = self.ratio(step) if callable(self.ratio) else self.ratio
+        return draw_indices(fold_in(self.seed, "step", step), ranks, ratio)
