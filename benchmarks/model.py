@@ -1,9 +1,10 @@
 """One training step of a whole small model: PEFT at ranks R and S, and ours at S.
 
 Forward, backward and AdamW, in one thread and CPU time (or by a GPU's own events), the sides taking
-turns. Ours and PEFT at S start from the same selected factors and must give the same loss and
-gradients, measured against float64, before anything is timed. "base" is the bare model's forward
-and backward, fed embeddings that ask for gradients, so that they flow through every layer.
+turns; and the most memory that one step holds beyond the model, instrumented. Ours and PEFT at S
+start from the same selected factors and must give the same loss and gradients, measured against
+float64, before anything is timed. "base" is the bare model's forward and backward, fed embeddings
+that ask for gradients, so that they flow through every layer.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 import fslora_kernels
 from benchmarks.cost import language_batch
+from benchmarks.counting import AliveBytes, addresses
 from benchmarks.shapes import ratio_name
 from benchmarks.timing import (
     Interval,
@@ -30,14 +33,14 @@ from benchmarks.timing import (
     provenance,
     take_turns,
 )
-from benchmarks.workload import bare, default_model, shared_model, with_adapter
+from benchmarks.workload import LLAMA_768, bare, shared_model, with_adapter
 from fslora.client import heads
 from fslora.sketch import draw_sketches
 from fslora_kernels.sampling import sketch_size
 from fslora_kernels.testing import check_error_budget
 
 ALPHA = 16.0
-RATIOS = (1 / 8, 1 / 4, 1 / 2)
+RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 _COLUMNS = ("× base", "× PEFT at R", "ours ÷")
 
 
@@ -51,21 +54,30 @@ class Workload:
         length: tokens of each.
         classes: of a classifier; 0 for a language model.
         layers: keep only the first so many; 0 keeps all.
+        dropout: of the adapter.
     """
 
     model: str
-    batch_size: int = 4
-    length: int = 64
+    batch_size: int = 8
+    length: int = 128
     classes: int = 0
     layers: int = 0
+    dropout: float = 0.0
 
     def __str__(self) -> str:
         """Name it for the table."""
-        return f"{Path(self.model).name}, {self.batch_size}×{self.length}"
+        dropout = f", dropout {self.dropout:g}" if self.dropout else ""
+        return f"{Path(self.model).name}, {self.batch_size}×{self.length}{dropout}"
 
     def base(self) -> nn.Module:
         """Load the bare, frozen model."""
         return bare(self.model, classes=self.classes, layers=self.layers)
+
+    def adapted(self, rank: int) -> PeftModel:
+        """Load the model with a new adapter."""
+        return with_adapter(
+            self.base(), rank, alpha=ALPHA, classes=self.classes, dropout=self.dropout
+        )
 
     def batch(self, model: nn.Module) -> dict[str, Tensor]:
         """Draw the batch."""
@@ -102,6 +114,15 @@ class Side:
             "dB": torch.cat([g.flatten() for g in of_b]),
         }
 
+    def peak_bytes(self, batch: dict[str, Tensor]) -> int:
+        """Return the most that forward and backward hold at once beyond the model and its batch."""
+        known = [*self.model.parameters(), *self.model.buffers(), *self.factors, *batch.values()]
+        with AliveBytes(addresses(known)) as alive:
+            self.model(**batch).loss.backward()
+        for leaf in (*self.factors, *self.others):
+            leaf.grad = None
+        return alive.peak
+
     def step(self, batch: dict[str, Tensor]) -> Callable[[], None]:
         """Return a training step."""
         optimizer = torch.optim.AdamW([*self.factors, *self.others], lr=1e-5)
@@ -122,7 +143,7 @@ def _peft_side(model: nn.Module) -> Side:
 
 def make_sides(workload: Workload, rank: int, size: int, device: str) -> dict[str, Side]:
     """Build PEFT at R and S, and ours, from the same factors."""
-    whole = with_adapter(workload.base(), rank, alpha=ALPHA, classes=workload.classes)
+    whole = workload.adapted(rank)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in whole.named_parameters():
@@ -133,7 +154,7 @@ def make_sides(workload: Workload, rank: int, size: int, device: str) -> dict[st
     names = fslora_kernels.modules(fused)
     drawn = draw_sketches(0, names, rank, size)
     leaves = fslora_kernels.extract(fused, {name: s.index for name, s in drawn.items()})
-    small = with_adapter(workload.base(), size, alpha=ALPHA, classes=workload.classes)
+    small = workload.adapted(size)
     small.load_state_dict(
         {k: v for k, v in whole.state_dict().items() if ".lora_" not in k}, strict=False
     )
@@ -175,11 +196,11 @@ def error(sides: dict[str, Side], batch: dict[str, Tensor]) -> str | None:
 
 def time_step(
     workload: Workload, rank: int, size: int, device: str, *, seconds: float, rounds: int
-) -> Turns | str:
-    """Time the sides in turns.
+) -> tuple[Turns, dict[str, int]] | str:
+    """Time the sides in turns, and follow what they hold.
 
     Returns:
-        The times, or what is wrong.
+        The times and each side's peak in bytes, or what is wrong.
     """
     sides = make_sides(workload, rank, size, device)
     base = workload.base().to(device)
@@ -192,10 +213,11 @@ def time_step(
         embedded = base.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
         base(inputs_embeds=embedded, **rest).loss.backward()
 
+    peaks = {name: side.peak_bytes(batch) for name, side in sides.items()}
     steps = {name: side.step(batch) for name, side in sides.items()}
     ours = steps.pop("ours")
     peers = {"base": base_step, **steps}
-    return take_turns(ours, peers, clock(device), seconds=seconds, rounds=rounds)
+    return take_turns(ours, peers, clock(device), seconds=seconds, rounds=rounds), peaks
 
 
 def ratios_of(turns: Turns) -> dict[str, dict[str, Interval]]:
@@ -213,23 +235,27 @@ def ratios_of(turns: Turns) -> dict[str, dict[str, Interval]]:
     return {"ours": ours, **found}
 
 
-def table(turns: Turns) -> str:
+def table(turns: Turns, peaks: dict[str, int]) -> str:
     """Lay one workload out."""
-    lines = [f"  {'row':<12}{'ms':>9}  " + "".join(f"{title:<22}" for title in _COLUMNS)]
+    titles = "".join(f"{title:<22}" for title in _COLUMNS)
+    lines = [f"  {'row':<12}{'ms':>9}  {titles}{'peak MiB':>9}"]
     for name, ratios in ratios_of(turns).items():
         times = turns.ours_s if name == "ours" else turns.peer_s[name]
         cells = "".join(f"{ratios.get(title, '–')!s:<22}" for title in _COLUMNS)
-        lines.append(f"  {name:<12}{1e3 * statistics.median(times):>9.2f}  {cells}")
+        peak = f"{peaks[name] / 2**20:.1f}" if name in peaks else ""
+        lines.append(f"  {name:<12}{1e3 * statistics.median(times):>9.2f}  {cells}{peak:>9}")
     lines.append(f"  {turns.rounds} rounds, A/A of ours {turns.spread}")
     return "\n".join(lines)
 
 
 def _workloads(chosen: argparse.Namespace) -> Iterator[Workload]:
-    given = Workload(chosen.model, chosen.batch_size, chosen.length, chosen.classes, chosen.layers)
-    yield given
-    minilm = shared_model("all-MiniLM-L6-v2-fp16")
-    if minilm and chosen.model == default_model():
-        yield Workload(minilm, batch_size=16, length=64, classes=2)
+    size = {"batch_size": chosen.batch_size, "length": chosen.length, "dropout": chosen.dropout}
+    if chosen.model:
+        yield Workload(chosen.model, classes=chosen.classes, layers=chosen.layers, **size)
+        return
+    if minilm := shared_model("all-MiniLM-L6-v2-fp16"):
+        yield Workload(minilm, classes=2, **size)
+    yield Workload(LLAMA_768, **size)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -238,15 +264,16 @@ def main(arguments: Sequence[str]) -> int:
         prog="python -m benchmarks model",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Without --model: stories260K and a MiniLM classifier where they are at hand, else "
-        "docs-base.",
+        epilog=f"Without --model: a MiniLM classifier where it is at hand, and {LLAMA_768}, a "
+        "Llama of four layers of 768 features with random weights.",
     )
-    parser.add_argument("--model", default=default_model(), help="folder, hub id, or docs-base")
+    parser.add_argument("--model", help=f"folder, hub id, docs-base or {LLAMA_768}")
     parser.add_argument("--classes", type=int, default=0, help="of a classifier; 0: language model")
     parser.add_argument("--layers", type=int, default=0, help="keep only the first layers; 0: all")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--length", type=int, default=64, help="tokens of an example")
-    parser.add_argument("--rank", type=int, default=16, help="R")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128, help="tokens of an example")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of the adapter")
+    parser.add_argument("--rank", type=int, default=64, help="R")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="S/R, as decimals")
     parser.add_argument("--seconds", type=float, default=20.0, help="timing of each ratio")
     parser.add_argument("--repeats", type=int, default=0, help="exactly so many rounds instead")
@@ -276,11 +303,13 @@ def main(arguments: Sequence[str]) -> int:
                 print(f"{title}\n  red: {found}", flush=True)
                 fields["error"] = found
             else:
-                print(f"{title}\n{table(found)}", flush=True)
-                fields |= {"turns": asdict(found), "spread": asdict(found.spread)}
+                turns, peaks = found
+                print(f"{title}\n{table(turns, peaks)}", flush=True)
+                fields |= {"turns": asdict(turns), "spread": asdict(turns.spread)}
+                fields["peak_bytes"] = peaks
                 fields["ratios"] = {
                     row: {title: asdict(interval) for title, interval in of_row.items()}
-                    for row, of_row in ratios_of(found).items()
+                    for row, of_row in ratios_of(turns).items()
                 }
             if chosen.out:
                 append_record(chosen.out, fields)

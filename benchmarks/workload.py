@@ -9,10 +9,17 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.utils import logging
 
 from fslora.models import model_path
+
+LLAMA_768 = "llama-768"
 
 
 def shared_model(name: str) -> str | None:
@@ -34,12 +41,14 @@ def bare(model: str, *, classes: int = 0, layers: int = 0) -> nn.Module:
     """Load a base model in float32, frozen, in training mode.
 
     Args:
-        model: folder, hub id, or ``docs-base``.
+        model: folder, hub id, ``docs-base`` or ``llama-768``.
         classes: make it a classifier of so many classes; 0 keeps the language model.
         layers: keep only the first so many layers; 0 keeps all.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if model == LLAMA_768:
+        return llama_768(layers or 4).requires_grad_(requires_grad=False).train()
     settings: dict[str, Any] = {"dtype": torch.float32}
     settings |= {"num_hidden_layers": layers} if layers else {}
     settings |= {"num_labels": classes} if classes else {}
@@ -48,11 +57,29 @@ def bare(model: str, *, classes: int = 0, layers: int = 0) -> nn.Module:
     return base.requires_grad_(requires_grad=False).train()
 
 
-def with_adapter(base: nn.Module, rank: int, *, alpha: float = 16.0, classes: int = 0) -> PeftModel:
+def llama_768(layers: int) -> nn.Module:
+    """Build a Llama of the layers of a small real one (768 features, 12 heads), random weights."""
+    config = LlamaConfig(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        vocab_size=4096,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config)
+
+
+def with_adapter(
+    base: nn.Module, rank: int, *, alpha: float = 16.0, classes: int = 0, dropout: float = 0.0
+) -> PeftModel:
     """Put a LoRA adapter on every linear layer but the output's, as any PEFT user would."""
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
+        lora_dropout=dropout,
         target_modules="all-linear",
         task_type=TaskType.SEQ_CLS if classes else None,
     )

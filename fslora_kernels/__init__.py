@@ -21,6 +21,7 @@ from fslora_kernels.ops.shared_sketched_linear import Projection, shared_sketche
 from fslora_kernels.ops.sketched_adamw import sketched_adamw
 from fslora_kernels.ops.sketched_linear import sketched_linear
 from fslora_kernels.optim import SketchedAdamW
+from fslora_kernels.sampling import draw_indices
 from fslora_kernels.weights import Adapters, LoRAWeights, check_index
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         bind,
         extract,
         fuse,
+        get_sketched_peft_model,
         modules,
         ranks,
         scatter,
@@ -47,8 +49,10 @@ __all__ = [
     "SketchedAdamW",
     "bind",
     "check_index",
+    "draw_indices",
     "extract",
     "fuse",
+    "get_sketched_peft_model",
     "grouped_sketched_linear",
     "modules",
     "ranks",
@@ -68,6 +72,7 @@ _NEEDS_PEFT = frozenset(
         "bind",
         "extract",
         "fuse",
+        "get_sketched_peft_model",
         "modules",
         "ranks",
         "scatter",

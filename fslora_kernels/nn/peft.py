@@ -5,11 +5,13 @@ Modules are named as in ``model.named_modules()``; ``FuseReport.fused`` lists th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from fslora_kernels.nn.linear import (
     SketchedLoRALinear,
     indirect_reason,
 )
+from fslora_kernels.sampling import draw_indices, sketch_size
 from fslora_kernels.weights import Adapters, LoRAWeights, check_index
 
 # Exact types only: a subclass may compute something else. The quantised ones are known by their
@@ -83,8 +86,10 @@ def fuse(model: nn.Module, implementation: str | None = None) -> FuseReport:
     """Make the LoRA layers of a PEFT model compute through ``sketched_linear``.
 
     Works before or in the middle of training: parameters, optimizers, hooks and checkpoints stay
-    what they are. Layers that cannot be fused are left as they are and listed in the report.
-    Calling it again changes the implementation.
+    what they are. Layers that cannot be fused are left as they are and listed in the report, as
+    are those that run their own base layer first (mode "accumulate"): quantised, offloaded, hooked
+    or parametrized ones. Calling it again changes the implementation, and fuses layers that an
+    adapter which came later has added.
 
     Args:
         model: a ``peft.PeftModel``, or any module with PEFT LoRA layers in it.
@@ -118,6 +123,49 @@ def fuse(model: nn.Module, implementation: str | None = None) -> FuseReport:
         indirect = indirect_reason(layer.base_layer)
         fused[name] = "delta-first" if indirect is None else f"accumulate: {indirect}"
     return FuseReport(fused, left, implementation or "auto")
+
+
+def get_sketched_peft_model(
+    model: nn.Module,
+    peft_config: LoraConfig,
+    adapter_name: str = "default",
+    *,
+    ratio: float = 1.0,
+    seed: int = 0,
+    implementation: str | None = None,
+    **arguments: Any,  # noqa: ANN401
+) -> PeftModel:
+    """Wrap a model by ``peft.get_peft_model``, fuse it, and set a sketch: three steps in one.
+
+    Args:
+        model: the base model.
+        peft_config: a ``LoraConfig``.
+        adapter_name: of the adapter.
+        ratio: sketch ratio S/R in (0, 1]; 1 trains every rank. Below 1 the same S ranks of each
+            layer stay selected until ``sketch`` is called again, as ``SketchCallback`` does.
+        seed: of the index sets.
+        implementation: as ``fuse`` takes it.
+        arguments: passed on to ``peft.get_peft_model``.
+
+    Returns:
+        The ``PeftModel``; layers that cannot be fused stay vanilla, and a warning names them.
+
+    Raises:
+        ValueError: the ratio is not in (0, 1], or no LoRA layer of the model can be fused.
+
+    Source: arXiv 2501.19389.
+    """
+    sketch_size(1, ratio)
+    wrapped = get_peft_model(model, peft_config, adapter_name, **arguments)
+    report = fuse(wrapped, implementation)
+    if not report.fused:
+        raise ValueError(f"no LoRA layer of this model can be fused, so none can sketch: {report}")
+    if report.left:
+        warnings.warn(str(report), stacklevel=2)
+    if ratio < 1.0:
+        indices = draw_indices(seed, ranks(wrapped, adapter_name=adapter_name), ratio)
+        sketch(wrapped, indices, adapter_name=adapter_name)
+    return wrapped
 
 
 def unfuse(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from benchmarks import model
 from benchmarks.model import Workload, error, make_sides
 
 FLAGS = ["--model", "docs-base", "--layers", "1", "--batch-size", "2", "--length", "8"]
-FLAGS += ["--ratios", "0.25", "--device", "cpu"]
+FLAGS += ["--rank", "16", "--ratios", "0.25", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
