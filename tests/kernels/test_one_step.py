@@ -1,0 +1,67 @@
+"""``get_sketched_peft_model``: wrap, fuse and sketch in one call."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import fslora_kernels
+
+
+def base():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 4))
+
+
+def config(**settings):
+    return LoraConfig(
+        r=8, lora_alpha=8, target_modules=["0", "1"], init_lora_weights=False, **settings
+    )
+
+
+def test_it_is_the_three_steps():
+    torch.manual_seed(1)
+    model = fslora_kernels.get_sketched_peft_model(base(), config(), ratio=0.25, seed=3)
+    torch.manual_seed(1)
+    by_hand = get_peft_model(base(), config())
+    fslora_kernels.fuse(by_hand)
+    indices = fslora_kernels.draw_indices(3, fslora_kernels.ranks(by_hand), 0.25)
+    fslora_kernels.sketch(by_hand, indices)
+    x = torch.randn(3, 6)
+    assert torch.equal(model(x), by_hand(x))
+    fslora_kernels.sketch(by_hand, None)
+    assert not torch.allclose(model(x), by_hand(x)), "the sketch is set"
+    model(x).sum().backward()
+    for name, index in indices.items():
+        rows = model.get_submodule(name).lora_B["default"].weight.grad.abs().sum(0)
+        assert rows.nonzero().flatten().tolist() == index.tolist()
+
+
+def test_a_ratio_of_one_trains_every_rank():
+    model = fslora_kernels.get_sketched_peft_model(base(), config(), "mine")
+    assert fslora_kernels.ranks(model, adapter_name="mine") == dict.fromkeys(
+        fslora_kernels.modules(model), 8
+    )
+    model(torch.ones(1, 6)).sum().backward()
+    for name in fslora_kernels.modules(model):
+        assert model.get_submodule(name).lora_B["mine"].weight.grad.abs().sum(0).gt(0).all()
+
+
+def test_layers_that_stay_vanilla_are_named():
+    model = nn.Sequential(nn.Embedding(5, 6), *base())
+    chosen = LoraConfig(r=8, target_modules=["0", "1"])
+    with pytest.warns(UserWarning, match="Embedding is not among the fused types"):
+        fslora_kernels.get_sketched_peft_model(model, chosen)
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "message"),
+    [
+        ({}, {"ratio": 0.0}, "a sketch ratio is in"),
+        ({"use_dora": True}, {}, "DoraLinearVariant"),
+        ({}, {"implementation": "cuda"}, "unknown implementation"),
+    ],
+)
+def test_bad_calls_are_named(settings, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fslora_kernels.get_sketched_peft_model(base(), config(**settings), **arguments)
