@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
-from fslora_kernels.nn.peft import fuse, fused_layers, sketch
+from fslora_kernels.nn.peft import fuse, fused_layers, ranks, sketch
 from fslora_kernels.sampling import draw_indices, sketch_size
 from fslora_kernels.seeds import fold_in
 
@@ -160,10 +160,6 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
         sketch(model, None)
 
     def _draw(self, model: nn.Module, step: int) -> dict[str, Tensor | None]:
-        ranks = {}
-        for name, layer in fused_layers(model).items():
-            adapter = self.adapter_name or layer.active_adapters[0]
-            if adapter in layer.lora_A:
-                ranks[name] = layer.r[adapter]
         ratio = self.ratio(step) if callable(self.ratio) else self.ratio
-        return draw_indices(fold_in(self.seed, "step", step), ranks, ratio)
+        own = ranks(model, adapter_name=self.adapter_name)
+        return draw_indices(fold_in(self.seed, "step", step), own, ratio)

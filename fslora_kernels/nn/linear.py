@@ -35,13 +35,18 @@ class Restriction:
 UNRESTRICTED = Restriction()
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
+def _altered(module: nn.Module) -> str | None:
+    """Say why calling a module is more than its class's forward, or None."""
+    if (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-    )
+    ):
+        return "has hooks"
+    if "forward" in module.__dict__ or "_hf_hook" in module.__dict__:
+        return "has a forward that is not its own"
+    return None
 
 
 def indirect_reason(base: nn.Module) -> str | None:
@@ -55,11 +60,8 @@ def indirect_reason(base: nn.Module) -> str | None:
     kind = type(base.weight)
     if kind is not nn.Parameter and kind is not Tensor:
         return f"its base weight is a {kind.__name__}"
-    if _hooked(base):
-        return "its base layer has hooks"
-    if "forward" in base.__dict__ or "_hf_hook" in base.__dict__:
-        return "the forward of its base layer is replaced"
-    return None
+    altered = _altered(base)
+    return None if altered is None else f"its base layer {altered}"
 
 
 def _mixed_dtypes(x: Tensor, weight: Tensor) -> bool:
@@ -118,10 +120,12 @@ def _vanilla_reason(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for name in layer.active_adapters:
         if name in layer.lora_variant:
             return "an active adapter is a LoRA variant"
-        if name in layer.scaling and name not in layer.restrictions:
+        if name in layer.scaling and layer.restrictions.get(name, UNRESTRICTED).leaves is None:
             for factor in (layer.lora_A[name], layer.lora_B[name]):
-                if type(factor) is not nn.Linear or _hooked(factor):
-                    return "a factor is wrapped, replaced or has hooks"
+                if type(factor) is not nn.Linear:
+                    return f"a factor of the adapter is a {type(factor).__name__}"
+                if (altered := _altered(factor)) is not None:
+                    return f"a factor of the adapter {altered}"
     return None
 
 

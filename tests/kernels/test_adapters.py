@@ -1,0 +1,153 @@
+"""Several adapters on a fused model, and everything PEFT does with them."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from torch import nn
+
+import fslora_kernels
+
+X = torch.linspace(-1, 1, 24).reshape(4, 6)
+
+
+def config(rank=4, **settings):
+    targets = ["0", "1"]
+    return LoraConfig(r=rank, target_modules=targets, init_lora_weights=False, **settings)
+
+
+@pytest.fixture
+def base():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 4))
+
+
+@pytest.fixture
+def two(base):
+    """A fused model with two adapters, and the same in vanilla PEFT."""
+    model = get_peft_model(base, config())
+    model.add_adapter("second", config(rank=2, use_rslora=True))
+    vanilla = copy.deepcopy(model)
+    fslora_kernels.fuse(model)
+    return model, vanilla
+
+
+def test_switching_disabling_and_combining(two):
+    model, vanilla = two
+    outputs = []
+    for active in ("default", "second", ["default", "second"]):
+        for each in two:
+            each.base_model.set_adapter(active)
+        torch.testing.assert_close(model(X), vanilla(X))
+        outputs.append(model(X))
+    with model.disable_adapter(), vanilla.disable_adapter():
+        torch.testing.assert_close(model(X), vanilla(X))
+        outputs.append(model(X))
+    different = [a for a in outputs if all(a is b or not torch.allclose(a, b) for b in outputs)]
+    assert len(different) == 4
+
+
+def test_a_batch_of_mixed_adapters(two):
+    model, vanilla = (each.eval() for each in two)
+    names = ["default", "__base__", "second", "default"]
+    got = model(X, adapter_names=names)
+    torch.testing.assert_close(got, vanilla(X, adapter_names=names))
+    torch.testing.assert_close(model(X)[0], got[0])
+    name = fslora_kernels.modules(model)[0]
+    fslora_kernels.sketch(model, {name: torch.tensor([0])})
+    with pytest.raises(ValueError, match="a sketch is set"):
+        model(X, adapter_names=names)
+
+
+def test_merging_and_unloading(two):
+    model, vanilla = two
+    for each in two:
+        each.base_model.set_adapter("second")
+    want = vanilla(X)
+    model.merge_adapter()
+    torch.testing.assert_close(model(X), want, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(X), want, rtol=1e-4, atol=1e-5)
+    merged = model.merge_and_unload()
+    assert type(merged[0]) is nn.Linear
+    torch.testing.assert_close(merged(X), want, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_that_come_and_go_after_fusing(two):
+    model, vanilla = two
+    for each in two:
+        torch.manual_seed(4)
+        each.add_adapter("third", config(rank=3))
+        each.set_adapter("third")
+    torch.testing.assert_close(model(X), vanilla(X))
+    for each in two:
+        each.set_adapter("default")
+        each.delete_adapter("third")
+    torch.testing.assert_close(model(X), vanilla(X))
+    model.add_weighted_adapter(["default", "second"], [0.5, 2.0], "sum", combination_type="cat")
+    vanilla.add_weighted_adapter(["default", "second"], [0.5, 2.0], "sum", combination_type="cat")
+    for each in two:
+        each.set_adapter("sum")
+    torch.testing.assert_close(model(X), vanilla(X))
+
+
+def test_a_sketch_of_one_adapter_leaves_the_other_alone(two):
+    model, _ = two
+    model.base_model.set_adapter(["default", "second"])
+    names = fslora_kernels.modules(model)
+    for name in names:
+        fslora_kernels.sketch(model, {name: torch.tensor([1, 2])}, adapter_name="default")
+        layer = model.get_submodule(name)
+        x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+        a, b = (factor["default"].weight for factor in (layer.lora_A, layer.lora_B))
+        second = layer.get_delta_weight("second")
+        want = layer.base_layer(x) + x @ second.T
+        want = want + layer.scaling["default"] * 4 / 2 * x @ a[[1, 2]].T @ b[:, [1, 2]].T
+        torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_added_as_dora_is_peft_s_own(two):
+    model, vanilla = two
+    for each in two:
+        torch.manual_seed(4)
+        each.add_adapter("dora", config(use_dora=True))
+        each.set_adapter("dora")
+    torch.testing.assert_close(model(X), vanilla(X))
+    for each in two:
+        each.set_adapter("default")
+    torch.testing.assert_close(model(X), vanilla(X))
+
+
+@pytest.mark.parametrize("fuse_first", [False, True])
+def test_low_memory_loading(base, tmp_path, fuse_first):
+    """Adapters are born on the meta device and filled from the file."""
+    saved = get_peft_model(copy.deepcopy(base), config())
+    saved.save_pretrained(tmp_path)
+    want = saved(X)
+    if fuse_first:
+        model = get_peft_model(base, config())
+        fslora_kernels.fuse(model)
+        model.load_adapter(tmp_path, "loaded", low_cpu_mem_usage=True)
+        model.set_adapter("loaded")
+    else:
+        model = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=True)
+        fslora_kernels.fuse(model)
+    torch.testing.assert_close(model(X), want)
+
+
+def test_hot_swapping_an_adapter(base, tmp_path):
+    """The new adapter has another rank and scaling, which PEFT then keeps as a tensor."""
+    other = get_peft_model(copy.deepcopy(base), config(rank=2, lora_alpha=32))
+    other.save_pretrained(tmp_path)
+    want = other(X)
+    model = get_peft_model(base, config(rank=4, lora_alpha=4))
+    model.save_pretrained(tmp_path / "first")
+    fslora_kernels.fuse(model)
+    prepare_model_for_compiled_hotswap(model, target_rank=4)
+    assert not torch.allclose(model(X), want)
+    hotswap_adapter(model, tmp_path, adapter_name="default")
+    scaling = model.get_submodule(fslora_kernels.modules(model)[0]).scaling["default"]
+    assert isinstance(scaling, torch.Tensor)
+    torch.testing.assert_close(model(X), want)
