@@ -104,6 +104,11 @@ class SketchedForward:
                 y = _add_adapter(self, name, x, base, y)
         return base(x) if y is None else y
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter and what it was restricted to."""
+        super().delete_adapter(adapter_name)  # type: ignore[misc]
+        self.restrictions.pop(adapter_name, None)
+
 
 class SketchedLoRALinear(SketchedForward, PeftLinear):  # type: ignore[misc]
     """``peft.tuners.lora.Linear`` computed by ``sketched_linear``."""
@@ -154,9 +159,8 @@ def _add_adapter(
         base_bias = base.bias
         if base_bias is not None:
             bias = base_bias if bias is None else base_bias + bias
-    dropout = 0.0
-    if layer.training and type(layer.lora_dropout[name]) is nn.Dropout:
-        dropout = layer.lora_dropout[name].p
+    drop = layer.lora_dropout[name]
+    dropout = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
     delta = unchecked(
         x, weight, lora_a, lora_b, index, bias, scale, dropout, None, layer.implementation
     )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import ParamWrapper
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
@@ -71,6 +72,11 @@ class FuseReport:
 
 
 def _refusal(layer: LoraLayer) -> str | None:
+    if isinstance(layer, ParamWrapper):
+        return (
+            f"a ParamWrapper adapts the bare parameter {layer.parameter_name!r}, as of experts "
+            "kept in one tensor, and there is no linear layer to fuse"
+        )
     if _fused_class(type(layer)) is None:
         return f"{type(layer).__name__} is not among the fused types"
     if layer.lora_variant:

@@ -212,3 +212,12 @@ def test_budget_catches_an_unwritten_element_and_a_wrong_value():
         with pytest.raises(AssertionError, match="budget"):
             check_error_budget(wrong, good, exact, name="bad")
     assert torch.empty(3).isnan().all(), "allocations are poisoned in these tests"
+
+
+def test_second_derivatives_are_refused_rather_than_lost(monkeypatch):
+    """Not by torch itself, where the gradient that comes in is a constant."""
+    monkeypatch.setattr(backend_torch, "SMALL_LAYER", 0)
+    x, a = torch.ones(3, 8, requires_grad=True), torch.ones(4, 8)
+    y = sketched_linear(x, torch.ones(6, 8), a, torch.ones(6, 4))
+    with pytest.raises(NotImplementedError, match="create_graph=True"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)

@@ -9,9 +9,9 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fslora_kernels import _dispatch
+from fslora_kernels._autograd import first_order
 from fslora_kernels.ops.sketched_linear.op import Cost, padded_ranks
 from fslora_kernels.ops.sketched_linear.op import cost as cost_of_one
 
@@ -107,7 +107,7 @@ class GroupedSketchedLinear(torch.autograd.Function):
         return y_TE
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy_TE: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, D102
         x, weight, lora_a, lora_b, index, gain, h = ctx.saved_tensors
         arguments = Arguments(x, weight, lora_a, lora_b, index, None, gain, *ctx.offsets)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fslora_kernels._autograd import first_order
 from fslora_kernels.ops.sketched_linear.backend_torch import widen
 from fslora_kernels.ops.sketched_linear.op import Cost
 from fslora_kernels.ops.sketched_linear.op import cost as cost_of_one
@@ -84,7 +84,7 @@ class SharedSketchedLinear(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, D102
         x, h_ST, *flat = ctx.saved_tensors
         needs_x, _, *needs = ctx.needs_input_grad

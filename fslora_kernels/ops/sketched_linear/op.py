@@ -7,9 +7,9 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fslora_kernels import _dispatch
+from fslora_kernels._autograd import first_order
 from fslora_kernels.ops.sketched_linear import backend_torch
 
 
@@ -131,7 +131,7 @@ class SketchedLinear(torch.autograd.Function):
         return y_TE
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy_TE: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, D102
         x, weight, lora_a, lora_b, index, gain_tensor, *kept = ctx.saved_tensors
         gain = ctx.gain if gain_tensor is None else gain_tensor

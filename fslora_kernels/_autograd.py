@@ -1,0 +1,32 @@
+"""What our autograd functions have in common: they are differentiable once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a backward pass refuse to be differentiated, instead of giving no second gradient.
+
+    Torch's own ``once_differentiable`` says nothing where the incoming gradient needs none.
+
+    Raises:
+        NotImplementedError: in the backward pass, under ``create_graph=True``.
+    """
+    once: Callable[..., Any] = once_differentiable(backward)
+
+    @wraps(backward)
+    def checked(ctx: Any, *gradients: Any) -> Any:  # noqa: ANN401
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "fused layers have first-order gradients only (this backward pass was asked for "
+                "create_graph=True); call fslora_kernels.unfuse(model) for second-order ones"
+            )
+        return once(ctx, *gradients)
+
+    return checked
