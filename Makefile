@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+INTEGRATIONS := $(VENV)/.integrations
 PYTEST := $(BIN)/python -m pytest -q
 export TOKENIZERS_PARALLELISM = false
 
@@ -38,7 +39,11 @@ imports: $(READY)  ## who may import whom
 
 check: lint types imports test  ## what CI runs
 
-check-all: lint types imports $(READY)  ## the long tiers too: kills, wide compilation, real data
+$(INTEGRATIONS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[integrations]'
+	@touch $@
+
+check-all: lint types imports $(INTEGRATIONS)  ## the long tiers too: kills, wide compilation, trainers, quantised bases
 	$(PYTEST) -m 'not gpu and not interpreter'
 	TRITON_INTERPRET=1 $(PYTEST) -m interpreter
 

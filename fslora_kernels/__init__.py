@@ -25,18 +25,16 @@ from fslora_kernels.sampling import draw_indices
 from fslora_kernels.weights import Adapters, LoRAWeights, check_index
 
 if TYPE_CHECKING:
+    from fslora_kernels.nn.callback import SketchCallback, linear_ratio, random_ratio
+    from fslora_kernels.nn.fuse import FuseReport, fuse, modules, unfuse
     from fslora_kernels.nn.peft import (
-        FuseReport,
         bind,
         extract,
-        fuse,
         get_sketched_peft_model,
-        modules,
         ranks,
         scatter,
         sketch,
         unbind,
-        unfuse,
     )
 
 __all__ = [
@@ -46,6 +44,7 @@ __all__ = [
     "FuseReport",
     "LoRAWeights",
     "Projection",
+    "SketchCallback",
     "SketchedAdamW",
     "bind",
     "check_index",
@@ -54,7 +53,9 @@ __all__ = [
     "fuse",
     "get_sketched_peft_model",
     "grouped_sketched_linear",
+    "linear_ratio",
     "modules",
+    "random_ratio",
     "ranks",
     "scatter",
     "scatter_mean",
@@ -66,25 +67,25 @@ __all__ = [
     "unfuse",
 ]
 
-_NEEDS_PEFT = frozenset(
-    {
-        "FuseReport",
+# The PEFT side, by its module: the bare operations do not need peft or transformers.
+_LAZY = {
+    "fslora_kernels.nn.fuse": ("FuseReport", "fuse", "modules", "unfuse"),
+    "fslora_kernels.nn.peft": (
         "bind",
         "extract",
-        "fuse",
         "get_sketched_peft_model",
-        "modules",
         "ranks",
         "scatter",
         "sketch",
         "unbind",
-        "unfuse",
-    }
-)
+    ),
+    "fslora_kernels.nn.callback": ("SketchCallback", "linear_ratio", "random_ratio"),
+}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
-    """Import the PEFT side on first use: the bare ops do not need peft or transformers."""
-    if name in _NEEDS_PEFT:
-        return getattr(import_module("fslora_kernels.nn.peft"), name)
+    """Import the PEFT side on first use."""
+    for module, names in _LAZY.items():
+        if name in names:
+            return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -192,7 +192,7 @@ class SketchedAdamW(Optimizer):
 
 def _factors(model: nn.Module) -> dict[Tensor, tuple[SketchedLoRALinear, str, bool]]:
     """Return, for each factor, its layer, its adapter, and whether its ranks are columns."""
-    from fslora_kernels.nn.peft import fused_layers
+    from fslora_kernels.nn.fuse import fused_layers
 
     return {
         factor.weight: (layer, adapter, columns)

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LoRAWeights(NamedTuple):
@@ -48,6 +48,21 @@ def check_devices(device: torch.device, of: str, **tensors: Tensor | None) -> No
             raise ValueError(
                 f"{name} is on {tensor.device} but {of} is on {device}; move both to one device"
             )
+
+
+def check_whole(tensor: Tensor, name: str, remedy: str) -> None:
+    """Check that a tensor is plain: not a shard of one that several processes share.
+
+    Args:
+        tensor: as a parameter or a gradient is found.
+        name: that the user knows.
+        remedy: what to do instead.
+
+    Raises:
+        ValueError: naming what it is, and the remedy.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter):
+        raise ValueError(f"{name} is a {type(tensor).__name__}, not a plain tensor; {remedy}")
 
 
 def check_index(index: Tensor, rank: int) -> None:

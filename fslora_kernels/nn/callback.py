@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
-from fslora_kernels.nn.peft import fuse, fused_layers, ranks, sketch
+from fslora_kernels.nn.fuse import fuse, fused_layers
+from fslora_kernels.nn.peft import ranks, sketch
 from fslora_kernels.sampling import draw_indices, sketch_size
 from fslora_kernels.seeds import fold_in
 

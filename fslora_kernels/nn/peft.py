@@ -1,4 +1,4 @@
-"""What a user calls on a PEFT model: fuse it, sketch it, take a client's part out and put it back.
+"""Which ranks of a fused PEFT model are used: view them, or take them out and put them back.
 
 Modules are named as in ``model.named_modules()``; ``FuseReport.fused`` lists them.
 """
@@ -7,128 +7,216 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear as PeftLinear
-from peft.tuners.lora import ParamWrapper
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from fslora_kernels._dispatch import check_implementation, unavailable
-from fslora_kernels.nn.linear import (
-    Restriction,
-    SketchedForward,
-    SketchedLoRALinear,
-    indirect_reason,
-)
+from fslora_kernels.nn.fuse import fuse, fused_layers
+from fslora_kernels.nn.linear import Restriction
 from fslora_kernels.sampling import draw_indices, sketch_size
-from fslora_kernels.weights import Adapters, LoRAWeights, check_index
-
-# Exact types only: a subclass may compute something else. The quantised ones are known by their
-# names, so that their libraries are not imported here; they join the table when one is met.
-QUANTISED = (
-    "peft.tuners.lora.bnb.Linear8bitLt",
-    "peft.tuners.lora.bnb.Linear4bit",
-    "peft.tuners.lora.torchao.TorchaoLoraLinear",
-)
-FUSED_CLASSES: dict[type, type] = {PeftLinear: SketchedLoRALinear}
+from fslora_kernels.weights import Adapters, LoRAWeights, check_index, check_whole
 
 
-def _fused_class(peft_class: type) -> type | None:
-    """Return our class for PEFT's class of a layer, or None where there is none."""
-    if f"{peft_class.__module__}.{peft_class.__qualname__}" in QUANTISED:
-        name = f"Sketched{peft_class.__name__}"
-        FUSED_CLASSES.setdefault(peft_class, type(name, (SketchedForward, peft_class), {}))
-    return FUSED_CLASSES.get(peft_class)
-
-
-@dataclass(frozen=True, slots=True)
-class FuseReport:
-    """What ``fuse`` did.
-
-    Attributes:
-        fused: module name to its mode: "delta-first", or "accumulate: <why>".
-        left: module name to why it stays vanilla PEFT.
-        implementation: what the layers ask for; "auto" decides at each call.
-    """
-
-    fused: dict[str, str]
-    left: dict[str, str]
-    implementation: str
-
-    def __str__(self) -> str:
-        """Summarise in a few lines, naming every layer that is not in the fast mode."""
-        slow = {name: mode for name, mode in self.fused.items() if mode != "delta-first"}
-        lines = [
-            f"fused {len(self.fused)} LoRA layers (implementation: {self.implementation}), "
-            f"left {len(self.left)} as vanilla PEFT"
-        ]
-        lines += [f"  {name}: {mode}" for name, mode in slow.items()]
-        lines += [f"  {name}: left, {reason}" for name, reason in self.left.items()]
-        return "\n".join(lines)
-
-
-def _refusal(layer: LoraLayer) -> str | None:
-    if isinstance(layer, ParamWrapper):
-        return (
-            f"a ParamWrapper adapts the bare parameter {layer.parameter_name!r}, as of experts "
-            "kept in one tensor, and there is no linear layer to fuse"
-        )
-    if _fused_class(type(layer)) is None:
-        return f"{type(layer).__name__} is not among the fused types"
-    if layer.lora_variant:
-        variants = {type(variant).__name__ for variant in layer.lora_variant.values()}
-        return f"it uses the LoRA variant {', '.join(sorted(variants))}"
-    for dropout in layer.lora_dropout.values():
-        if type(dropout) not in (nn.Dropout, nn.Identity):
-            return f"its dropout is a {type(dropout).__name__}"
-    return None
-
-
-def fuse(model: nn.Module, implementation: str | None = None) -> FuseReport:
-    """Make the LoRA layers of a PEFT model compute through ``sketched_linear``.
-
-    Works before or in the middle of training: parameters, optimizers, hooks and checkpoints stay
-    what they are. Layers that cannot be fused are left as they are and listed in the report, as
-    are those that run their own base layer first (mode "accumulate"): quantised, offloaded, hooked
-    or parametrized ones. Calling it again changes the implementation, and fuses layers that an
-    adapter which came later has added.
+def ranks(model: nn.Module, *, adapter_name: str | None = None) -> dict[str, int]:
+    """Return the rank of every fused layer that has the adapter, as ``draw_indices`` takes them.
 
     Args:
-        model: a ``peft.PeftModel``, or any module with PEFT LoRA layers in it.
-        implementation: "torch", "triton", or None for "auto".
-
-    Returns:
-        What was fused, in which mode, what not and why.
+        model: a fused model.
+        adapter_name: the adapter that is meant; default the active one.
 
     Raises:
-        ValueError: the model has no LoRA layer, or no such implementation exists.
-        NotImplementedError: the implementation cannot run on the model's device.
+        ValueError: no fused layer has such an adapter.
     """
-    check_implementation(implementation)
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
-    if not layers:
-        raise ValueError(
-            "the model has no LoRA layer; wrap it first: peft.get_peft_model(model, LoraConfig())"
+    layers = fused_layers(model)
+    names = [
+        name
+        for name, layer in layers.items()
+        if adapter_name in layer.r
+        or (adapter_name is None and any(active in layer.r for active in layer.active_adapters))
+    ]
+    if not names:
+        wanted = "an active adapter" if adapter_name is None else f"the adapter {adapter_name!r}"
+        raise ValueError(f"no fused layer has {wanted}; call fslora_kernels.fuse(model) first")
+    return {
+        name: layer.r[adapter]
+        for name, layer, adapter in _named(layers, dict.fromkeys(names), adapter_name)
+    }
+
+
+def _named(
+    layers: Mapping[str, Any], names: Mapping[str, object], adapter_name: str | None
+) -> Iterator[tuple[str, Any, str]]:
+    """Yield each named layer with the adapter that is meant."""
+    for name in names:
+        layer = layers.get(name)
+        if layer is None:
+            known = ", ".join(list(layers)[:3]) or "none: call fslora_kernels.fuse(model) first"
+            raise ValueError(f"no fused LoRA layer is named {name!r}; fused layers are {known}, …")
+        adapter = adapter_name
+        if adapter is None:
+            active = [a for a in layer.active_adapters if a in layer.lora_A]
+            if len(active) != 1:
+                raise ValueError(
+                    f"{name} has the active adapters {active}; name one with adapter_name="
+                )
+            adapter = active[0]
+        if adapter not in layer.lora_A or adapter in layer.lora_variant:
+            raise ValueError(f"{name} has no plain LoRA adapter {adapter!r}")
+        yield name, layer, adapter
+
+
+def sketch(
+    model: nn.Module,
+    indices: Mapping[str, Tensor | None] | None,
+    *,
+    adapter_name: str | None = None,
+) -> None:
+    """View mode: let layers use only some ranks of their own factors, scaled by rank / size.
+
+    Replaces every sketch set before; layers that are not named use all their ranks. Gradients
+    keep the full shapes and are zero outside the index set.
+
+    Args:
+        model: a fused model.
+        indices: module name to int64 ``[S]``, ascending (None: all ranks); None clears all.
+        adapter_name: the adapter that is meant; default the active one.
+
+    Raises:
+        ValueError: unknown module, or an index out of range, repeated or not ascending.
+    """
+    layers = fused_layers(model)
+    named = list(_named(layers, indices or {}, adapter_name))
+    restrictions = []
+    for name, layer, adapter in named:
+        index = (indices or {})[name]
+        if index is not None:
+            check_index(index, layer.r[adapter])
+            index = index.to(layer.lora_A[adapter].weight.device)
+        restrictions.append((layer, adapter, index))
+    _unrestrict(layers)
+    for layer, adapter, index in restrictions:
+        if index is not None:
+            layer.restrictions[adapter] = Restriction(index=index)
+
+
+def extract(
+    model: nn.Module, indices: Mapping[str, Tensor | None], *, adapter_name: str | None = None
+) -> Adapters:
+    """Compact mode: copy the selected ranks out as a client's own trainable leaves.
+
+    Args:
+        model: a fused model.
+        indices: module name to int64 ``[S]``, ascending, or None for all ranks.
+        adapter_name: the adapter that is meant; default the active one.
+
+    Returns:
+        Module name to fresh contiguous leaves ``[S, D]`` and ``[S, E]`` that require gradients.
+
+    Raises:
+        ValueError: unknown module, or an index out of range, repeated or not ascending.
+    """
+    adapters: Adapters = {}
+    for name, layer, adapter in _named(fused_layers(model), indices, adapter_name):
+        lora_a, lora_b = _factors(layer, adapter)
+        index = indices[name]
+        if index is not None:
+            check_index(index, layer.r[adapter])
+            index = index.to(lora_a.device)
+            lora_a, lora_b = lora_a[index], lora_b[index]
+        adapters[name] = LoRAWeights(
+            lora_a.clone(memory_format=torch.contiguous_format).requires_grad_(),
+            lora_b.clone(memory_format=torch.contiguous_format).requires_grad_(),
         )
-    device = next(model.parameters()).device.type
-    if implementation not in (None, "auto") and (reason := unavailable(implementation, device)):
-        raise NotImplementedError(f"implementation {implementation!r} cannot run here: {reason}")
-    fused, left = {}, {}
-    for name, layer in layers:
-        if not isinstance(layer, SketchedForward):
-            if (refusal := _refusal(layer)) is not None:
-                left[name] = refusal
-                continue
-            layer.__class__ = _fused_class(type(layer))
-            layer.restrictions = {}
-        layer.implementation = implementation
-        indirect = indirect_reason(layer.base_layer)
-        fused[name] = "delta-first" if indirect is None else f"accumulate: {indirect}"
-    return FuseReport(fused, left, implementation or "auto")
+    return adapters
+
+
+def bind(model: nn.Module, adapters: Adapters, *, adapter_name: str | None = None) -> None:
+    """Compact mode: let layers compute with these leaves instead of their own factors.
+
+    The delta is scaled by the layer's scaling times rank / S. The layer's own parameters are not
+    touched. Replaces what was bound or sketched before.
+
+    Args:
+        model: a fused model.
+        adapters: module name to ``[S, D]`` and ``[S, E]``, on the layer's device.
+        adapter_name: the adapter that is replaced; default the active one.
+
+    Raises:
+        ValueError: unknown module, or factors that do not fit the layer.
+    """
+    layers = fused_layers(model)
+    named = list(_named(layers, adapters, adapter_name))
+    for name, layer, adapter in named:
+        leaves = adapters[name]
+        rank, wanted = leaves.rank, (layer.in_features, layer.out_features)
+        found = (leaves.lora_a.shape[1], leaves.lora_b.shape[1])
+        if found != wanted or leaves.lora_b.shape[0] != rank or not 0 < rank <= layer.r[adapter]:
+            raise ValueError(
+                f"the leaves of {name} are {tuple(leaves.lora_a.shape)} and "
+                f"{tuple(leaves.lora_b.shape)}, but the layer takes [S, {wanted[0]}] and "
+                f"[S, {wanted[1]}] with S at most {layer.r[adapter]}"
+            )
+    _unrestrict(layers)
+    for name, layer, adapter in named:
+        layer.restrictions[adapter] = Restriction(leaves=adapters[name])
+
+
+def unbind(model: nn.Module) -> None:
+    """Let every layer use its own full factors again (clears sketches too)."""
+    _unrestrict(fused_layers(model))
+
+
+def _unrestrict(layers: Mapping[str, Any]) -> None:
+    for layer in layers.values():
+        layer.restrictions.clear()
+
+
+def scatter(
+    model: nn.Module,
+    adapters: Adapters,
+    indices: Mapping[str, Tensor | None],
+    *,
+    adapter_name: str | None = None,
+) -> None:
+    """Write a client's leaves back into the layers' own factors, in place.
+
+    Args:
+        model: a fused model.
+        adapters: module name to ``[S, D]`` and ``[S, E]``.
+        indices: the index sets that the leaves were extracted with.
+        adapter_name: the adapter that is meant; default the active one.
+
+    Raises:
+        ValueError: unknown module, missing or wrong index set.
+    """
+    named = list(_named(fused_layers(model), adapters, adapter_name))
+    for name, layer, adapter in named:
+        index = indices.get(name)
+        size = layer.r[adapter] if index is None else index.shape[0]
+        if index is not None:
+            check_index(index, layer.r[adapter])
+        if size != adapters[name].rank:
+            raise ValueError(
+                f"{name} has {adapters[name].rank} ranks to write back but its index set has "
+                f"{size}; pass the index sets that the leaves were extracted with"
+            )
+    for name, layer, adapter in named:
+        lora_a, lora_b = _factors(layer, adapter)
+        index = indices.get(name)
+        rows = slice(None) if index is None else index.to(lora_a.device)
+        lora_a[rows] = adapters[name].lora_a.detach().to(lora_a)
+        lora_b[rows] = adapters[name].lora_b.detach().to(lora_b)
+
+
+def _factors(layer: Any, adapter: str) -> LoRAWeights:  # noqa: ANN401
+    """Return the layer's own factors, rank-major views that share their storage."""
+    remedy = "take leaves out, and write them back, before fully_shard"
+    check_whole(layer.lora_A[adapter].weight, "lora_A.weight", remedy)
+    return LoRAWeights(
+        layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach().t()
+    )
 
 
 def get_sketched_peft_model(
@@ -172,214 +260,3 @@ def get_sketched_peft_model(
         indices = draw_indices(seed, ranks(wrapped, adapter_name=adapter_name), ratio)
         sketch(wrapped, indices, adapter_name=adapter_name)
     return wrapped
-
-
-def unfuse(model: nn.Module) -> None:
-    """Give every fused layer its PEFT class back; sketches and bound leaves are dropped."""
-    for layer in model.modules():
-        if isinstance(layer, SketchedForward):
-            del layer.restrictions, layer.implementation
-            layer.__class__ = type(layer).__bases__[1]
-
-
-def fused_layers(model: nn.Module) -> dict[str, Any]:
-    """Return the fused layers by module name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, SketchedForward)}
-
-
-def modules(model: nn.Module) -> list[str]:
-    """Return the names of the fused layers, as ``sketch`` and ``extract`` take them."""
-    return list(fused_layers(model))
-
-
-def ranks(model: nn.Module, *, adapter_name: str | None = None) -> dict[str, int]:
-    """Return the rank of every fused layer that has the adapter, as ``draw_indices`` takes them.
-
-    Args:
-        model: a fused model.
-        adapter_name: the adapter that is meant; default the active one.
-
-    Raises:
-        ValueError: no fused layer has such an adapter.
-    """
-    layers = fused_layers(model)
-    names = [
-        name
-        for name, layer in layers.items()
-        if adapter_name in layer.r
-        or (adapter_name is None and any(active in layer.r for active in layer.active_adapters))
-    ]
-    if not names:
-        wanted = "an active adapter" if adapter_name is None else f"the adapter {adapter_name!r}"
-        raise ValueError(f"no fused layer has {wanted}; call fslora_kernels.fuse(model) first")
-    return {
-        name: layer.r[adapter]
-        for name, layer, adapter in _named(model, dict.fromkeys(names), adapter_name)
-    }
-
-
-def _named(
-    model: nn.Module, names: Mapping[str, object], adapter_name: str | None
-) -> Iterator[tuple[str, Any, str]]:
-    """Yield each named layer with the adapter that is meant."""
-    layers = fused_layers(model)
-    for name in names:
-        layer = layers.get(name)
-        if layer is None:
-            known = ", ".join(list(layers)[:3]) or "none: call fslora_kernels.fuse(model) first"
-            raise ValueError(f"no fused LoRA layer is named {name!r}; fused layers are {known}, …")
-        adapter = adapter_name
-        if adapter is None:
-            active = [a for a in layer.active_adapters if a in layer.lora_A]
-            if len(active) != 1:
-                raise ValueError(
-                    f"{name} has the active adapters {active}; name one with adapter_name="
-                )
-            adapter = active[0]
-        if adapter not in layer.lora_A or adapter in layer.lora_variant:
-            raise ValueError(f"{name} has no plain LoRA adapter {adapter!r}")
-        yield name, layer, adapter
-
-
-def sketch(
-    model: nn.Module,
-    indices: Mapping[str, Tensor | None] | None,
-    *,
-    adapter_name: str | None = None,
-) -> None:
-    """View mode: let layers use only some ranks of their own factors, scaled by rank / size.
-
-    Replaces every sketch set before; layers that are not named use all their ranks. Gradients
-    keep the full shapes and are zero outside the index set.
-
-    Args:
-        model: a fused model.
-        indices: module name to int64 ``[S]``, ascending (None: all ranks); None clears all.
-        adapter_name: the adapter that is meant; default the active one.
-
-    Raises:
-        ValueError: unknown module, or an index out of range, repeated or not ascending.
-    """
-    named = list(_named(model, indices or {}, adapter_name))
-    restrictions = []
-    for name, layer, adapter in named:
-        index = (indices or {})[name]
-        if index is not None:
-            check_index(index, layer.r[adapter])
-            index = index.to(layer.lora_A[adapter].weight.device)
-        restrictions.append((layer, adapter, index))
-    unbind(model)
-    for layer, adapter, index in restrictions:
-        if index is not None:
-            layer.restrictions[adapter] = Restriction(index=index)
-
-
-def extract(
-    model: nn.Module, indices: Mapping[str, Tensor | None], *, adapter_name: str | None = None
-) -> Adapters:
-    """Compact mode: copy the selected ranks out as a client's own trainable leaves.
-
-    Args:
-        model: a fused model.
-        indices: module name to int64 ``[S]``, ascending, or None for all ranks.
-        adapter_name: the adapter that is meant; default the active one.
-
-    Returns:
-        Module name to fresh contiguous leaves ``[S, D]`` and ``[S, E]`` that require gradients.
-
-    Raises:
-        ValueError: unknown module, or an index out of range, repeated or not ascending.
-    """
-    adapters: Adapters = {}
-    for name, layer, adapter in _named(model, indices, adapter_name):
-        lora_a, lora_b = _factors(layer, adapter)
-        index = indices[name]
-        if index is not None:
-            check_index(index, layer.r[adapter])
-            index = index.to(lora_a.device)
-            lora_a, lora_b = lora_a[index], lora_b[index]
-        adapters[name] = LoRAWeights(
-            lora_a.clone(memory_format=torch.contiguous_format).requires_grad_(),
-            lora_b.clone(memory_format=torch.contiguous_format).requires_grad_(),
-        )
-    return adapters
-
-
-def bind(model: nn.Module, adapters: Adapters, *, adapter_name: str | None = None) -> None:
-    """Compact mode: let layers compute with these leaves instead of their own factors.
-
-    The delta is scaled by the layer's scaling times rank / S. The layer's own parameters are not
-    touched. Replaces what was bound or sketched before.
-
-    Args:
-        model: a fused model.
-        adapters: module name to ``[S, D]`` and ``[S, E]``, on the layer's device.
-        adapter_name: the adapter that is replaced; default the active one.
-
-    Raises:
-        ValueError: unknown module, or factors that do not fit the layer.
-    """
-    named = list(_named(model, adapters, adapter_name))
-    for name, layer, adapter in named:
-        leaves = adapters[name]
-        rank, wanted = leaves.rank, (layer.in_features, layer.out_features)
-        found = (leaves.lora_a.shape[1], leaves.lora_b.shape[1])
-        if found != wanted or leaves.lora_b.shape[0] != rank or not 0 < rank <= layer.r[adapter]:
-            raise ValueError(
-                f"the leaves of {name} are {tuple(leaves.lora_a.shape)} and "
-                f"{tuple(leaves.lora_b.shape)}, but the layer takes [S, {wanted[0]}] and "
-                f"[S, {wanted[1]}] with S at most {layer.r[adapter]}"
-            )
-    unbind(model)
-    for name, layer, adapter in named:
-        layer.restrictions[adapter] = Restriction(leaves=adapters[name])
-
-
-def unbind(model: nn.Module) -> None:
-    """Let every layer use its own full factors again (clears sketches too)."""
-    for layer in fused_layers(model).values():
-        layer.restrictions.clear()
-
-
-def scatter(
-    model: nn.Module,
-    adapters: Adapters,
-    indices: Mapping[str, Tensor | None],
-    *,
-    adapter_name: str | None = None,
-) -> None:
-    """Write a client's leaves back into the layers' own factors, in place.
-
-    Args:
-        model: a fused model.
-        adapters: module name to ``[S, D]`` and ``[S, E]``.
-        indices: the index sets that the leaves were extracted with.
-        adapter_name: the adapter that is meant; default the active one.
-
-    Raises:
-        ValueError: unknown module, missing or wrong index set.
-    """
-    named = list(_named(model, adapters, adapter_name))
-    for name, layer, adapter in named:
-        index = indices.get(name)
-        size = layer.r[adapter] if index is None else index.shape[0]
-        if index is not None:
-            check_index(index, layer.r[adapter])
-        if size != adapters[name].rank:
-            raise ValueError(
-                f"{name} has {adapters[name].rank} ranks to write back but its index set has "
-                f"{size}; pass the index sets that the leaves were extracted with"
-            )
-    for name, layer, adapter in named:
-        lora_a, lora_b = _factors(layer, adapter)
-        index = indices.get(name)
-        rows = slice(None) if index is None else index.to(lora_a.device)
-        lora_a[rows] = adapters[name].lora_a.detach().to(lora_a)
-        lora_b[rows] = adapters[name].lora_b.detach().to(lora_b)
-
-
-def _factors(layer: Any, adapter: str) -> LoRAWeights:  # noqa: ANN401
-    """Return the layer's own factors, rank-major views that share their storage."""
-    return LoRAWeights(
-        layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach().t()
-    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fslora_kernels.ops.sketched_adamw.op import Arguments, Rule, backend, choose, count_step
-from fslora_kernels.weights import check_devices, check_index
+from fslora_kernels.weights import check_devices, check_index, check_whole
 
 
 @torch.no_grad()
@@ -78,6 +78,7 @@ def _check(arguments: Arguments) -> None:
             "parameter must be [R, F] of a floating-point dtype, one rank per row (pass "
             f"lora_B.weight.t()), got {parameter.dtype} {tuple(parameter.shape)}"
         )
+    check_whole(parameter, "parameter", "use torch.optim.AdamW under fully_shard")
     ranks, features = parameter.shape
     if index is not None and index.device.type == "cpu":
         check_index(index, ranks)

@@ -45,11 +45,18 @@ def _select(arguments: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _mask(arguments: Arguments) -> Tensor:
-    """Regenerate the dropout mask, already divided by the probability of keeping: ``[T, D]``."""
+    """Draw the dropout mask, the same from the same seed: 0 or 1 in x's dtype, ``[T, D]``.
+
+    Four features share one random number of 64 bits: torch draws those seven times faster than one
+    Bernoulli number for each.
+    """
     x_TD = arguments.x
     generator = torch.Generator(x_TD.device).manual_seed(arguments.seed or 0)
-    keep = 1.0 - arguments.dropout
-    return torch.empty_like(x_TD).bernoulli_(keep, generator=generator).div_(keep)
+    bits = torch.empty(-(-x_TD.numel() // 4), dtype=torch.int64, device=x_TD.device)
+    numbers = bits.random_(-(2**63), None, generator=generator).view(torch.int16)
+    kept = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+    numbers_TD = numbers[: x_TD.numel()].view(x_TD.shape)
+    return torch.ge(numbers_TD, arguments.dropped - 2**15, out=kept)
 
 
 def _shrink(x_TF: Tensor, factor_SF: Tensor, gain: float | Tensor) -> Tensor:
@@ -93,12 +100,12 @@ def differentiates_itself(arguments: Arguments) -> bool:
 def differentiable(arguments: Arguments) -> Tensor:
     """Return y ``[T, E]`` by products that torch, or a compiler, differentiates."""
     a_SD, b_SE = _select(arguments)
-    x_TD = arguments.x
-    if arguments.dropout:
-        # A compiler keeps at most the bits of torch's own dropout.
-        own = arguments.seed is None
-        x_TD = functional.dropout(x_TD, arguments.dropout) if own else x_TD * _mask(arguments)
-    h_TS = functional.linear(x_TD, a_SD).mul_(arguments.gain)
+    x_TD, gain = arguments.x, arguments.gain
+    if arguments.dropout and arguments.seed is None:
+        x_TD = functional.dropout(x_TD, arguments.dropout)  # a compiler keeps its bits at most
+    elif arguments.dropout:
+        x_TD, gain = x_TD * _mask(arguments), arguments.kept_gain
+    h_TS = functional.linear(x_TD, a_SD).mul_(gain)
     return _outputs(arguments, h_TS, b_SE)
 
 
@@ -107,7 +114,7 @@ def forward(arguments: Arguments) -> tuple[Tensor, tuple[Tensor, ...]]:
     x_TD = arguments.x
     a_SD, b_SE = _select(arguments)
     dropped_TD = x_TD * _mask(arguments) if arguments.dropout else x_TD
-    h_TS = _shrink(dropped_TD, a_SD, arguments.gain)
+    h_TS = _shrink(dropped_TD, a_SD, arguments.kept_gain)
     return _outputs(arguments, h_TS, b_SE), (h_TS,)
 
 
@@ -131,7 +138,7 @@ def backward(
         db = widen(torch.mm(h_TS.t(), dy_TE), index, arguments.lora_b)
     if not (needs_x or needs_a):
         return dx, da, db
-    dh_TS = _shrink(dy_TE, b_SE, arguments.gain)
+    dh_TS = _shrink(dy_TE, b_SE, arguments.kept_gain)
     mask_TD = _mask(arguments) if arguments.dropout else None
     if needs_a:
         dropped_TD = x_TD if mask_TD is None else x_TD * mask_TD

@@ -45,7 +45,6 @@ from fslora_kernels.ops.sketched_linear.op import Arguments, padded_ranks
 from fslora_kernels.tuning import measured_tiles
 
 PROGRAMS_PER_PROCESSOR = 2
-MASK_STEPS = 2**16  # values of the random number that decides on one feature
 
 
 # -- where it runs ---------------------------------------------------------------------------------
@@ -81,15 +80,11 @@ def _mask(arguments: Arguments) -> Tensor:
             mask=mask,
             # 62 bits of it, and one above them: small numbers would be another type.
             seed=arguments.seed % 2**62 + 2**62,
-            threshold=_threshold(arguments),
+            threshold=arguments.dropped,
             count=mask.numel(),
             **mask_constants(),
         )
     return mask
-
-
-def _threshold(arguments: Arguments) -> int:
-    return min(round(arguments.dropout * MASK_STEPS), MASK_STEPS - 1)
 
 
 def apply(
@@ -123,10 +118,8 @@ def apply(
     x_TF, x_row = _launch.rows(x_TF)
     u_row, u_column, u_rows = _launch.strides(u_RF)
     v_row, v_column, v_rows = (0, 0, False) if v_RG is None else _launch.strides(v_RG)
-    gain, index = arguments.gain, arguments.index
+    gain, index = arguments.kept_gain, arguments.index
     mask = drop_x if drop_y is None else drop_y
-    if arguments.dropout:  # what is kept is scaled up, in h and in dh
-        gain = gain * (MASK_STEPS / (MASK_STEPS - _threshold(arguments)))
     # An int would be compiled in, one kernel per value.
     gain = gain.to(torch.float32).contiguous() if isinstance(gain, Tensor) else float(gain)
     constants = apply_constants(

@@ -39,6 +39,18 @@ class Arguments:
     dropout: float
     seed: int | None
 
+    @property
+    def dropped(self) -> int:
+        """Which of the ``MASK_STEPS`` values of a random number drop a feature: those below it."""
+        return min(round(self.dropout * MASK_STEPS), MASK_STEPS - 1)
+
+    @property
+    def kept_gain(self) -> float | Tensor:
+        """The gain, times what makes up for dropped features: both scale h and dh."""
+        if not self.dropout:
+            return self.gain
+        return self.gain * (MASK_STEPS / (MASK_STEPS - self.dropped))
+
 
 class Backend(Protocol):
     """What a backend module offers."""
@@ -61,6 +73,8 @@ class Backend(Protocol):
 
 # Ranks that the kernels compute with: the next of these, or themselves above the last.
 PADDED_RANKS = (16, 32, 64, 128)
+
+MASK_STEPS = 2**16  # values of the random number that decides on one feature
 
 # Best first: "auto" takes the first that does not refuse.
 BACKENDS = {

@@ -1,0 +1,135 @@
+"""Making the LoRA layers of a PEFT model compute through ``sketched_linear``, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import ParamWrapper
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from fslora_kernels._dispatch import check_implementation, unavailable
+from fslora_kernels.nn.linear import SketchedForward, SketchedLoRALinear, indirect_reason
+
+# Exact types only: a subclass may compute something else. The quantised ones are known by their
+# names, so that their libraries are not imported here; they join the table when one is met.
+QUANTISED = (
+    "peft.tuners.lora.bnb.Linear8bitLt",
+    "peft.tuners.lora.bnb.Linear4bit",
+    "peft.tuners.lora.torchao.TorchaoLoraLinear",
+)
+FUSED_CLASSES: dict[type, type] = {PeftLinear: SketchedLoRALinear}
+
+
+def _fused_class(peft_class: type) -> type | None:
+    """Return our class for PEFT's class of a layer, or None where there is none."""
+    if f"{peft_class.__module__}.{peft_class.__qualname__}" in QUANTISED:
+        name = f"Sketched{peft_class.__name__}"
+        FUSED_CLASSES.setdefault(peft_class, type(name, (SketchedForward, peft_class), {}))
+    return FUSED_CLASSES.get(peft_class)
+
+
+@dataclass(frozen=True, slots=True)
+class FuseReport:
+    """What ``fuse`` did.
+
+    Attributes:
+        fused: module name to its mode: "delta-first", or "accumulate: <why>".
+        left: module name to why it stays vanilla PEFT.
+        implementation: what the layers ask for; "auto" decides at each call.
+    """
+
+    fused: dict[str, str]
+    left: dict[str, str]
+    implementation: str
+
+    def __str__(self) -> str:
+        """Summarise in a few lines, naming every layer that is not in the fast mode."""
+        slow = {name: mode for name, mode in self.fused.items() if mode != "delta-first"}
+        lines = [
+            f"fused {len(self.fused)} LoRA layers (implementation: {self.implementation}), "
+            f"left {len(self.left)} as vanilla PEFT"
+        ]
+        lines += [f"  {name}: {mode}" for name, mode in slow.items()]
+        lines += [f"  {name}: left, {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines)
+
+
+def _refusal(layer: LoraLayer) -> str | None:
+    if isinstance(layer, ParamWrapper):
+        return (
+            f"a ParamWrapper adapts the bare parameter {layer.parameter_name!r}, as of experts "
+            "kept in one tensor, and there is no linear layer to fuse"
+        )
+    if _fused_class(type(layer)) is None:
+        return f"{type(layer).__name__} is not among the fused types"
+    if layer.lora_variant:
+        variants = {type(variant).__name__ for variant in layer.lora_variant.values()}
+        return f"it uses the LoRA variant {', '.join(sorted(variants))}"
+    for dropout in layer.lora_dropout.values():
+        if type(dropout) not in (nn.Dropout, nn.Identity):
+            return f"its dropout is a {type(dropout).__name__}"
+    return None
+
+
+def fuse(model: nn.Module, implementation: str | None = None) -> FuseReport:
+    """Make the LoRA layers of a PEFT model compute through ``sketched_linear``.
+
+    Works before or in the middle of training: parameters, optimizers, hooks and checkpoints stay
+    what they are. Layers that cannot be fused are left as they are and listed in the report, as
+    are those that run their own base layer first (mode "accumulate"): quantised, offloaded, hooked
+    or parametrized ones. Calling it again changes the implementation, and fuses layers that an
+    adapter which came later has added.
+
+    Args:
+        model: a ``peft.PeftModel``, or any module with PEFT LoRA layers in it.
+        implementation: "torch", "triton", or None for "auto".
+
+    Returns:
+        What was fused, in which mode, what not and why.
+
+    Raises:
+        ValueError: the model has no LoRA layer, or no such implementation exists.
+        NotImplementedError: the implementation cannot run on the model's device.
+    """
+    check_implementation(implementation)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+    if not layers:
+        raise ValueError(
+            "the model has no LoRA layer; wrap it first: peft.get_peft_model(model, LoraConfig())"
+        )
+    device = next(model.parameters()).device.type
+    if implementation not in (None, "auto") and (reason := unavailable(implementation, device)):
+        raise NotImplementedError(f"implementation {implementation!r} cannot run here: {reason}")
+    fused, left = {}, {}
+    for name, layer in layers:
+        if not isinstance(layer, SketchedForward):
+            if (refusal := _refusal(layer)) is not None:
+                left[name] = refusal
+                continue
+            layer.__class__ = _fused_class(type(layer))
+            layer.restrictions = {}
+        layer.implementation = implementation
+        indirect = indirect_reason(layer.base_layer)
+        fused[name] = "delta-first" if indirect is None else f"accumulate: {indirect}"
+    return FuseReport(fused, left, implementation or "auto")
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every fused layer its PEFT class back; sketches and bound leaves are dropped."""
+    for layer in model.modules():
+        if isinstance(layer, SketchedForward):
+            del layer.restrictions, layer.implementation
+            layer.__class__ = type(layer).__bases__[1]
+
+
+def fused_layers(model: nn.Module) -> dict[str, Any]:
+    """Return the fused layers by module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, SketchedForward)}
+
+
+def modules(model: nn.Module) -> list[str]:
+    """Return the names of the fused layers, as ``sketch`` and ``extract`` take them."""
+    return list(fused_layers(model))
