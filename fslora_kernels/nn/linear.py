@@ -26,10 +26,12 @@ class Restriction:
     Attributes:
         index: view mode: int64 ``[S]`` into the layer's own factors, on their device.
         leaves: compact mode: a client's own factors, used whole.
+        scale: of the leaves' delta, relative to the layer's own scaling; None is rank / S.
     """
 
     index: Tensor | None = None
     leaves: LoRAWeights | None = None
+    scale: float | None = None
 
 
 UNRESTRICTED = Restriction()
@@ -146,7 +148,8 @@ def _add_adapter(
     scale, index = layer.scaling[name], restriction.index
     if restriction.leaves is not None:
         lora_a, lora_b = restriction.leaves
-        scale = scale * (layer.r[name] / lora_a.shape[0])
+        relative = restriction.scale
+        scale = scale * (layer.r[name] / lora_a.shape[0] if relative is None else relative)
     else:
         lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight.t()
         if index is not None:

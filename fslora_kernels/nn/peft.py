@@ -132,16 +132,23 @@ def extract(
     return adapters
 
 
-def bind(model: nn.Module, adapters: Adapters, *, adapter_name: str | None = None) -> None:
+def bind(
+    model: nn.Module,
+    adapters: Adapters,
+    *,
+    adapter_name: str | None = None,
+    scale: float | None = None,
+) -> None:
     """Compact mode: let layers compute with these leaves instead of their own factors.
 
-    The delta is scaled by the layer's scaling times rank / S. The layer's own parameters are not
-    touched. Replaces what was bound or sketched before.
+    The layer's own parameters are not touched. Replaces what was bound or sketched before.
 
     Args:
         model: a fused model.
         adapters: module name to ``[S, D]`` and ``[S, E]``, on the layer's device.
         adapter_name: the adapter that is replaced; default the active one.
+        scale: of the delta, relative to the layer's own scaling; default rank / S, as a sketch
+            needs it.
 
     Raises:
         ValueError: unknown module, or factors that do not fit the layer.
@@ -160,7 +167,7 @@ def bind(model: nn.Module, adapters: Adapters, *, adapter_name: str | None = Non
             )
     _unrestrict(layers)
     for name, layer, adapter in named:
-        layer.restrictions[adapter] = Restriction(leaves=adapters[name])
+        layer.restrictions[adapter] = Restriction(leaves=adapters[name], scale=scale)
 
 
 def unbind(model: nn.Module) -> None:

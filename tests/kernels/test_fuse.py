@@ -349,3 +349,15 @@ def test_an_implementation_that_cannot_run_is_refused_at_once(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(NotImplementedError, match="need a GPU"):
         fslora_kernels.fuse(tiny(nn.Linear(6, 4)), "triton")
+
+
+def test_leaves_may_have_a_scale_of_their_own():
+    model = tiny(nn.Linear(6, 4))
+    name = next(iter(fslora_kernels.fuse(model).fused))
+    layer, x = model.get_submodule(name), torch.ones(1, 6)
+    leaves = fslora_kernels.extract(model, {name: torch.tensor([1, 6])})
+    a, b = leaves[name]
+    for relative, factor in ((None, 8 / 2), (0.5, 0.5)):
+        fslora_kernels.bind(model, leaves, scale=relative)
+        want = layer.base_layer(x) + factor * layer.scaling["default"] * (x @ a.T) @ b
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)

@@ -65,3 +65,15 @@ def test_layers_that_stay_vanilla_are_named():
 def test_bad_calls_are_named(settings, arguments, message):
     with pytest.raises(ValueError, match=message):
         fslora_kernels.get_sketched_peft_model(base(), config(**settings), **arguments)
+
+
+def test_a_quantised_layer_whose_library_is_missing_is_named():
+    """PEFT knows such a class only where its library is installed, and so do we."""
+
+    class Linear4bit(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+
+    with pytest.raises(ValueError, match=r"Linear4bit\(\) is not supported"):
+        fslora_kernels.get_sketched_peft_model(nn.Sequential(Linear4bit(), Linear4bit()), config())
