@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.compare import Result, compare, record
+from benchmarks.lorafusion import load, lorafusion
 from benchmarks.peers import Builder
 from benchmarks.problem import missing_for
 from benchmarks.roofline import Ceilings, ceilings
@@ -29,6 +32,7 @@ def run(name: str, about: str | None, row_list: RowList, arguments: Sequence[str
         return 2
     try:
         chosen_cells = cells(chosen.device, full=chosen.full, names=chosen.shapes)
+        fusion = load(chosen.lorafusion) if chosen.lorafusion else None
     except ValueError as error:
         print(f"benchmarks {name}: {error}", file=sys.stderr)
         return 2
@@ -48,7 +52,7 @@ def run(name: str, about: str | None, row_list: RowList, arguments: Sequence[str
         new = cell.dtype not in known
         result = measure_cell(
             cell,
-            row_list(cell, compiled=chosen.compile),
+            _rows(row_list(cell, compiled=chosen.compile), fusion),
             known,
             measure,
             seconds=chosen.seconds or _SECONDS[chosen.device],
@@ -67,6 +71,10 @@ def run(name: str, about: str | None, row_list: RowList, arguments: Sequence[str
         draw(results, chosen.figure)
         print(f"figure: {chosen.figure}")
     return int(any(result.red for result in results))
+
+
+def _rows(rows: list[Builder], fusion: Callable[..., Tensor] | None) -> list[Builder]:
+    return rows if fusion is None else [*rows, partial(lorafusion, function=fusion)]
 
 
 def measure_cell(
@@ -141,6 +149,9 @@ def _flags(name: str, about: str | None) -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=gpu,
         help="rows for PEFT under torch.compile (a minute for each shape on a CPU)",
+    )
+    parser.add_argument(
+        "--lorafusion", type=Path, help="a checkout of LoRAFusion, for a row of it (needs a GPU)"
     )
     parser.add_argument("--out", type=Path, help="append every row to this JSONL file")
     parser.add_argument("--figure", type=Path, help="draw time, FLOPs, bytes and memory (PNG)")
