@@ -66,10 +66,12 @@ class Setting:
     Attributes:
         dry: tiny sizes on the CPU, only to see that the script works.
         out: folder of the results, those of earlier stages included.
+        lorafusion: a checkout of LoRAFusion, for a row of it in every cell, or None.
     """
 
     dry: bool
     out: Path
+    lorafusion: Path | None = None
 
     @property
     def device(self) -> str:
@@ -119,6 +121,7 @@ def run_apart(name: str, setting: Setting, limit_s: float) -> Row:
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks", "gpu", "--here", "--only", name]
     command += ["--out", str(setting.out), *(["--dry"] if setting.dry else [])]
+    command += ["--lorafusion", str(setting.lorafusion)] if setting.lorafusion else []
     root = Path(__file__).resolve().parents[1]
     code = finish(subprocess.Popen(command, cwd=root, start_new_session=True), limit_s)
     problem = f"the process ended with code {code} before it was done"
@@ -228,6 +231,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the stages; return 1 if one of them failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder of the results; default: by device")
+    parser.add_argument("--lorafusion", type=Path, help="a checkout of LoRAFusion, to time it too")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--only", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--here", action="store_true", help="no process for each stage")
@@ -236,7 +240,7 @@ def main(arguments: Sequence[str]) -> int:
     name = "dry" if dry else re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
     out = (chosen.out or Path(__file__).parent / "results" / name).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    setting = Setting(dry, out)
+    setting = Setting(dry, out, chosen.lorafusion and chosen.lorafusion.resolve())
     child = chosen.here and len(chosen.only) == 1
     if dry and not child:
         print(_dry_notice(asked=chosen.dry), flush=True)

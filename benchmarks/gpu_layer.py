@@ -17,6 +17,7 @@ from benchmarks.compare import Result, Timed
 from benchmarks.gpu import STAGES, Row, Setting
 from benchmarks.gpu_targets import PROJECTIONS, Extent, decoder_layer, grouped, layer_sum
 from benchmarks.grid import keep, measure_cell
+from benchmarks.lorafusion import load, lorafusion
 from benchmarks.peers import Builder, layer_rows, op
 from benchmarks.roofline import Ceilings
 from benchmarks.shapes import CUDA, GPU_TARGETS, Cell
@@ -85,6 +86,8 @@ class Cells:
     def _row(self, cell: Cell, seconds: float) -> Row:
         dry = self._setting.dry
         rows: list[Builder] = layer_rows(cell, compiled=False)[: _DRY_ROWS if dry else None]
+        if self._setting.lorafusion:
+            rows.append(partial(lorafusion, function=load(self._setting.lorafusion)))
         if cell in _targets(self._setting):
             rows += [partial(op, implementation=name) for name in self._setting.implementations]
         result = measure_cell(
