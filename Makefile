@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest -q
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check check-all bench gpu lint types imports format clean
+.PHONY: help demo test check check-all peft bench gpu lint types imports format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ $(INTEGRATIONS): $(READY)
 check-all: lint types imports $(INTEGRATIONS)  ## the long tiers too: kills, wide compilation, trainers, quantised bases
 	$(PYTEST) -m 'not gpu and not interpreter'
 	TRITON_INTERPRET=1 $(PYTEST) -m interpreter
+
+peft: $(READY)  ## PEFT's own LoRA tests, vanilla and fused, into docs/peft.md (about ten minutes)
+	$(BIN)/python -m tests.peft_suite
 
 bench: $(READY)  ## one adapted layer beside its peers at every sketch ratio (about ten minutes)
 	$(BIN)/python -m benchmarks layer --figure runs/bench.png

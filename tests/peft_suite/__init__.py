@@ -1,0 +1,1 @@
+"""PEFT's own tests as the judge of the fused layer: ``python -m tests.peft_suite``."""
