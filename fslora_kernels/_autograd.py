@@ -7,18 +7,17 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Make a backward pass refuse to be differentiated, instead of giving no second gradient.
 
-    Torch's own ``once_differentiable`` says nothing where the incoming gradient needs none.
+    Torch's ``once_differentiable`` says nothing where the incoming gradient needs none. Outside of
+    ``create_graph=True`` a backward pass runs without recording, so nothing else is needed.
 
     Raises:
         NotImplementedError: in the backward pass, under ``create_graph=True``.
     """
-    once: Callable[..., Any] = once_differentiable(backward)
 
     @wraps(backward)
     def checked(ctx: Any, *gradients: Any) -> Any:  # noqa: ANN401
@@ -27,6 +26,6 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "fused layers have first-order gradients only (this backward pass was asked for "
                 "create_graph=True); call fslora_kernels.unfuse(model) for second-order ones"
             )
-        return once(ctx, *gradients)
+        return backward(ctx, *gradients)
 
     return checked
