@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fslora.lowrank import stack
 from fslora.protocol import (
     Adapters,
     ClientTask,
@@ -16,23 +17,11 @@ from fslora.protocol import (
     Extras,
     LoRAWeights,
     ServerState,
-    Sketch,
 )
 
 ServerOptimizer = Literal["fedavg", "fedadam"]
+Divisor = Literal["participants", "count"]
 Tensors = dict[str, Tensor]
-
-
-def gather(adapters: Adapters, sketches: Mapping[str, Sketch]) -> Adapters:
-    """Copy out the ranks that each module's sketch selects: ``[S, D]`` and ``[S, E]``."""
-    compact: Adapters = {}
-    for name, pair in adapters.items():
-        index = sketches[name].index
-        if index is None:
-            compact[name] = LoRAWeights(pair.lora_a.clone(), pair.lora_b.clone())
-        else:
-            compact[name] = LoRAWeights(pair.lora_a[index], pair.lora_b[index])
-    return compact
 
 
 def in_task_order(
@@ -64,38 +53,94 @@ def mean_update(
     extras: Extras,
     tasks: Sequence[ClientTask],
     updates: Iterable[ClientUpdate],
+    divide_by: Divisor = "participants",
 ) -> tuple[Adapters, Extras]:
-    """Scatter each compact change into its ranks, sum, and divide by the number of participants.
+    """Scatter each compact change into its ranks, sum, and divide.
 
     Args:
         adapters: the global factors, for their shapes.
         extras: the heads, for their shapes.
         tasks: the round's tasks; their sketches say where each row belongs.
         updates: accepted updates in task order, folded one at a time.
+        divide_by: "participants", or "count": each rank by how many of them trained it. Heads,
+            which all train, are divided by the participants.
 
     Returns:
         The mean change of the factors (zero in ranks that nobody trained) and of the heads.
 
-    Source: arXiv 2501.19389, the server update X ← X + (1/N) Σᵢ Δᵢ.
+    Source: arXiv 2501.19389, the server update X ← X + (1/N) Σᵢ Δᵢ; "count" is arXiv 2602.16936.
     """
     sketches = {task.client_id: task.sketches for task in tasks}
     total = {n: LoRAWeights(*(torch.zeros_like(t) for t in p)) for n, p in adapters.items()}
     heads = {name: torch.zeros_like(tensor) for name, tensor in extras.items()}
+    counts = {n: torch.zeros(p.rank, 1, dtype=p.lora_a.dtype) for n, p in adapters.items()}
     participants = 0
     for update in updates:
         participants += 1
         for name, delta in update.delta.items():
             index = sketches[update.client_id][name].index
+            counts[name][slice(None) if index is None else index] += 1
             for rows, change in zip(total[name], delta, strict=True):
+                if not change.shape[0]:  # a factor that is not trained
+                    continue
                 if index is None:
                     rows.add_(change)
                 else:
                     rows.index_add_(0, index, change)
         for name, change in update.extras.items():
             heads[name].add_(change)
-    for tensor in [*(t for pair in total.values() for t in pair), *heads.values()]:
+    for name, pair in total.items():
+        for rows in pair:
+            rows.div_(counts[name].clamp(min=1) if divide_by == "count" else max(participants, 1))
+    for tensor in heads.values():
         tensor.div_(max(participants, 1))
     return total, heads
+
+
+def mean_heads(extras: Extras, updates: Sequence[ClientUpdate]) -> Extras:
+    """Return the heads plus their mean change."""
+    _, change = mean_update({}, extras, [], [replace(update, delta={}) for update in updates])
+    return {name: tensor + change[name] for name, tensor in extras.items()}
+
+
+def trained_factors(task: ClientTask, update: ClientUpdate) -> Adapters:
+    """Return a client's factors after training, compact."""
+    return {
+        name: LoRAWeights(
+            *(
+                old + change if change.shape[0] else old
+                for old, change in zip(pair, update.delta[name], strict=True)
+            )
+        )
+        for name, pair in task.adapters.items()
+    }
+
+
+def mean_products(tasks: Sequence[ClientTask], updates: Sequence[ClientUpdate]) -> Adapters:
+    """Return (1/N) Σᵢ sᵢ BᵢAᵢ of each module, exactly, as a pair of rank Σᵢ Sᵢ.
+
+    Args:
+        tasks: of the round; their scales sᵢ are relative to the global adapter's.
+        updates: accepted updates, at least one.
+    """
+    of = {task.client_id: task for task in tasks}
+    used = [of[update.client_id] for update in updates]
+    factors = [trained_factors(*each) for each in zip(used, updates, strict=True)]
+    weights = [task.scale / len(used) for task in used]
+    return {name: stack([own[name] for own in factors], weights) for name in factors[0]}
+
+
+def require_plain_average(
+    strategy: str, why: str, optimizer: ServerOptimizer, lr: float | None = None
+) -> None:
+    """Refuse a server optimizer that a strategy cannot use.
+
+    Raises:
+        ValueError: not "fedavg", or not with the learning rate 1 where ``lr`` is given.
+    """
+    if optimizer != "fedavg" or lr not in (None, 1.0):
+        remedy = "--server-opt fedavg" + ("" if lr is None else " --server-lr 1")
+        raise ValueError(f"{strategy} {why}; use {remedy}")
 
 
 def server_step(
@@ -153,11 +198,19 @@ def averaged(
     updates: Iterable[ClientUpdate],
     optimizer: ServerOptimizer,
     lr: float,
+    divide_by: Divisor = "participants",
 ) -> ServerState:
     """Return the state after one server step on the mean of the updates."""
-    adapters, extras = mean_update(state.adapters, state.extras, tasks, updates)
+    change = mean_update(state.adapters, state.extras, tasks, updates, divide_by)
+    return stepped(state, change, optimizer, lr)
+
+
+def stepped(
+    state: ServerState, change: tuple[Adapters, Extras], optimizer: ServerOptimizer, lr: float
+) -> ServerState:
+    """Return the next round's state after one server step on a change of factors and heads."""
     adapters, extras, memory = server_step(
-        optimizer, lr, state.adapters, state.extras, (adapters, extras), state.optimizer
+        optimizer, lr, state.adapters, state.extras, change, state.optimizer
     )
     return replace(state, round=state.round + 1, adapters=adapters, extras=extras, optimizer=memory)
 

@@ -58,6 +58,10 @@ def save_state(folder: Path, state: ServerState) -> None:
     tensors: dict[str, Tensor] = {}
     for name, pair in state.adapters.items():
         tensors[f"adapter/{name}/a"], tensors[f"adapter/{name}/b"] = pair
+    for name, pair in state.base_residual.items():
+        tensors[f"residual/{name}/a"], tensors[f"residual/{name}/b"] = pair
+    for client_id, memory in state.client_state.items():
+        tensors |= {f"client/{name}/{client_id}": tensor for name, tensor in memory.items()}
     tensors |= {f"extra/{name}": tensor for name, tensor in state.extras.items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in state.optimizer.items()}
     header = {"format": _FORMAT, "round": str(state.round), "key": str(state.key)}
@@ -94,6 +98,8 @@ def load_state(folder: Path) -> ServerState:
         adapters=_adapters(_under(tensors, "adapter/")),
         extras=_under(tensors, "extra/"),
         optimizer=_under(tensors, "optimizer/"),
+        base_residual=_adapters(_under(tensors, "residual/")),
+        client_state=_by_client(_under(tensors, "client/")),
     )
 
 
@@ -104,6 +110,30 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _adapters(tensors: dict[str, Tensor]) -> Adapters:
     names = sorted(name.removesuffix("/a") for name in tensors if name.endswith("/a"))
     return {name: LoRAWeights(tensors[f"{name}/a"], tensors[f"{name}/b"]) for name in names}
+
+
+def _by_client(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Sort "name/client" by client; names of modules and parameters have no slash, clients may."""
+    clients: dict[str, dict[str, Tensor]] = {}
+    for entry, tensor in sorted(tensors.items()):
+        name, client_id = entry.split("/", 1)
+        clients.setdefault(client_id, {})[name] = tensor
+    return clients
+
+
+def save_residual(folder: Path, residual: Adapters) -> None:
+    """Write what a model's base weights have gained beside its adapter, if anything.
+
+    ``base_residual.safetensors`` holds "<module>/a" ``[K, D]`` and "<module>/b" ``[K, E]``; the
+    base weight ``[E, D]`` is to be increased by the adapter's scaling times bᵀa.
+    """
+    if residual:
+        tensors = {
+            f"{name}/{factor}": tensor.contiguous()
+            for name, pair in residual.items()
+            for factor, tensor in zip("ab", pair, strict=True)
+        }
+        write_atomically(folder / "base_residual.safetensors", save(tensors))
 
 
 def append_record(folder: Path, record: dict[str, Any]) -> None:

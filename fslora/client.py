@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import fslora_kernels
 from fslora.data.tasks import Batch, Examples, Task
+from fslora.lowrank import stack, tail_norm
 from fslora.protocol import Adapters, ClientTask, ClientUpdate, Extras, LocalRule, LoRAWeights
+from fslora.residual import applied
 from fslora_kernels.seeds import fold_in
 
 
@@ -41,17 +43,16 @@ class LocalTrainer:
         """Train for the task's local steps and return the change, on the CPU."""
         device = next(self.model.parameters()).device
         examples = self.data[task.client_id]
-        leaves = {name: _leaves(pair, device) for name, pair in task.adapters.items()}
+        leaves = {name: _leaves(pair, task.local, device) for name, pair in task.adapters.items()}
         head = {name: p for name, p in heads(self.model).items() if name in task.extras}
         with torch.no_grad():
             for name, parameter in head.items():
                 parameter.copy_(task.extras[name])
-        fslora_kernels.bind(self.model, leaves)
         devices = [device] if device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices):
+            with applied(self.model, task.residual), torch.random.fork_rng(devices):
                 torch.manual_seed(task.key)
-                loss = self._train([*_parameters(leaves), *head.values()], examples, task)
+                loss = self._train(leaves, list(head.values()), examples, task)
         finally:
             fslora_kernels.unbind(self.model)
         return ClientUpdate(
@@ -60,7 +61,10 @@ class LocalTrainer:
             nonce=task.nonce,
             delta={
                 name: LoRAWeights(
-                    *(new.detach().cpu() - old for new, old in zip(leaves[name], pair, strict=True))
+                    *(
+                        new.detach().cpu() - old if new.requires_grad else old[:0]
+                        for new, old in zip(leaves[name], pair, strict=True)
+                    )
                 )
                 for name, pair in task.adapters.items()
             },
@@ -69,33 +73,46 @@ class LocalTrainer:
             metrics={"loss": loss},
         )
 
-    def _train(self, parameters: list[Tensor], examples: Examples, task: ClientTask) -> float:
-        """Run the local steps; return the mean training loss."""
+    def _train(
+        self, leaves: Adapters, head: list[nn.Parameter], examples: Examples, task: ClientTask
+    ) -> float:
+        """Run the local steps; return the mean training loss, the penalty not included."""
         rule = task.local
+        trained = [t for pair in leaves.values() for t in pair if t.requires_grad]
+        parameters: list[Tensor] = [*trained, *head]
         optimizer = _optimizer(parameters, rule)
         batches = _batches(examples, rule.batch_size, fold_in(task.key, "batches"))
         device = parameters[0].device
+        frozen = {n: LoRAWeights(*(t.to(device) for t in p)) for n, p in task.frozen.items()}
         total = torch.zeros((), device=device)
         self.model.train()
+        fslora_kernels.bind(self.model, leaves, scale=task.scale)
         for _ in range(rule.steps):
             for parameter in parameters:
                 parameter.grad = None
             for _ in range(rule.accumulation):
+                if frozen:
+                    whole = {name: stack([leaves[name], frozen[name]]) for name in frozen}
+                    fslora_kernels.bind(self.model, {**leaves, **whole}, scale=task.scale)
                 loss = self.task.loss(self.model, next(batches)) / rule.accumulation
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
+            if rule.penalty:
+                penalty = rule.penalty * tail_norm(leaves, rule.penalty_from)
+                penalty.backward()  # type: ignore[no-untyped-call]
             if rule.clip_norm:
                 nn.utils.clip_grad_norm_(parameters, rule.clip_norm)
             optimizer.step()
         return float(total) / rule.steps
 
 
-def _leaves(pair: LoRAWeights, device: torch.device) -> LoRAWeights:
-    return LoRAWeights(*(t.detach().to(device, copy=True).requires_grad_() for t in pair))
-
-
-def _parameters(adapters: Adapters) -> list[Tensor]:
-    return [tensor for pair in adapters.values() for tensor in pair]
+def _leaves(pair: LoRAWeights, rule: LocalRule, device: torch.device) -> LoRAWeights:
+    return LoRAWeights(
+        *(
+            t.detach().to(device, copy=True).requires_grad_(trained)
+            for t, trained in zip(pair, rule.trained, strict=True)
+        )
+    )
 
 
 def _optimizer(parameters: Sequence[Tensor], rule: LocalRule) -> torch.optim.Optimizer:
@@ -136,3 +153,25 @@ def payload_bytes(adapters: Adapters, extras: Extras) -> tuple[int, int]:
         sum(pair.size_bytes for pair in adapters.values()),
         sum(tensor.nbytes for tensor in extras.values()),
     )
+
+
+def download_bytes(task: ClientTask) -> tuple[int, int]:
+    """Return what the server sends one client: (adapter, head)."""
+    if task.private:
+        return 0, 0
+    adapter, head = payload_bytes(task.adapters, task.extras)
+    beside = [*task.frozen.values(), *task.residual.values()]
+    return adapter + sum(pair.size_bytes for pair in beside) - task.held_bytes, head
+
+
+def upload_bytes(task: ClientTask) -> tuple[int, int]:
+    """Return what a client answers to a task: (adapter, head)."""
+    if task.private:
+        return 0, 0
+    factors = [
+        factor
+        for pair in task.adapters.values()
+        for factor, trained in zip(pair, task.local.trained, strict=True)
+        if trained
+    ]
+    return sum(factor.nbytes for factor in factors), payload_bytes({}, task.extras)[1]

@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-_LISTS = ("ratios", "target_modules", "text_column", "prompt_columns")
+from fslora.devices import Fleet, read_fleet
+
+_LISTS = ("ratios", "target_modules", "text_column", "prompt_columns", "targets")
 # What may differ between a run and its continuation without changing a bit of what is learnt.
-_FREE_ON_RESUME = ("rounds", "out", "resume")
+_FREE_ON_RESUME = ("rounds", "out", "resume", "targets")
 _LOWEST = {
     **dict.fromkeys(("clients", "per_round", "rank", "rounds", "local_steps"), 1),
     **dict.fromkeys(("batch_size", "accumulation", "eval_every"), 1),
     **dict.fromkeys(("momentum", "weight_decay", "clip_norm"), 0),
-    **dict.fromkeys(("threads", "layers", "eval_examples", "seed"), 0),
+    **dict.fromkeys(("deadline", "threads", "layers", "eval_examples", "seed"), 0),
     "max_length": 2,
+    "over_select": 1,
 }
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
+
+
+class Target(NamedTuple):
+    """What a run is to reach.
+
+    Attributes:
+        figure: "metric", at least the value, or "loss", at most.
+        value: of the figure.
+    """
+
+    figure: str
+    value: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +51,8 @@ class SimulateConfig:
         data: dataset id, folder or file (txt, tsv, csv, json, jsonl, parquet, also .gz), or
             python-docs (the documentation of the Python that runs this).
         eval_data: what to judge by; default a tenth of the data, held out.
+        validation: leave that aside and judge by another tenth, of the clients' own data: for
+            choosing settings.
         task: causal-lm (next token), classification, or instruction (loss on the response).
         text_column: column with the text, or two for a pair: name or position, comma-separated.
         label_column: column with the class (classification).
@@ -53,7 +71,11 @@ class SimulateConfig:
         target_modules: layers to adapt, by the end of their names, comma-separated, or all-linear.
         ratios: sketch ratios S/R of the capacity classes, comma-separated, such as 1/8,1/4,1/2;
             clients are dealt to the classes evenly.
-        strategy: fslora, or head-only as a reference (classification; no adapter travels).
+        strategy: fslora; hetlora, flexlora, flora or fed-plora, which also give each client the
+            ranks of its ratio; fedit, ffa-lora, rolora or fedex-lora, all clients at rank R;
+            fedit-min or fedit-max, all at the lowest or highest ratio; or as references zero-shot
+            (nobody trains), head-only (classification; no adapter travels), centralised (one
+            client with all the data) or local-only (nothing is averaged).
         rounds: how many rounds.
         local_steps: H, optimizer steps of a client in a round.
         batch_size: examples in a batch.
@@ -75,6 +97,15 @@ class SimulateConfig:
         layers: keep only the base model's first layers; 0 keeps all.
         eval_every: evaluate every n-th round (and the last).
         eval_examples: evaluate on at most so many examples, evenly spread; 0 takes all.
+        devices: what clients run on, for simulated seconds: COMPUTE:NETWORK=SHARE,… such as
+            phone:poor=0.5,laptop:median=0.3,gpu:5g=0.2 (budget-phone, phone, laptop, gpu,
+            datacentre; poor, median, 5g, silo), or a TOML file with a [[device]] table for each
+            class; empty for no clock.
+        device_order: by-ratio (slower devices to the clients of smaller ratios) or random.
+        deadline: simulated seconds after which a round takes no more answers; 0 waits for all.
+        over_select: choose so many times per_round clients, and take the first per_round answers.
+        targets: what to report the cost of reaching: comma-separated scores such as 0.6,0.7, and
+            losses as loss:2.5.
         out: run folder.
         resume: continue the run in the run folder.
     """
@@ -82,6 +113,7 @@ class SimulateConfig:
     model: str = ""
     data: str = ""
     eval_data: str = ""
+    validation: bool = False
     task: Literal["causal-lm", "classification", "instruction"] = "causal-lm"
     text_column: str = "text"
     label_column: str = "label"
@@ -99,7 +131,23 @@ class SimulateConfig:
     lora_dropout: float = 0.0
     target_modules: str = "all-linear"
     ratios: str = "1/8,1/4,1/2"
-    strategy: Literal["fslora", "head-only"] = "fslora"
+    strategy: Literal[
+        "fslora",
+        "fedit",
+        "fedit-min",
+        "fedit-max",
+        "hetlora",
+        "flexlora",
+        "flora",
+        "ffa-lora",
+        "rolora",
+        "fedex-lora",
+        "fed-plora",
+        "zero-shot",
+        "head-only",
+        "centralised",
+        "local-only",
+    ] = "fslora"
     rounds: int = 10
     local_steps: int = 10
     batch_size: int = 8
@@ -120,6 +168,11 @@ class SimulateConfig:
     layers: int = 0
     eval_every: int = 1
     eval_examples: int = 0
+    devices: str = ""
+    device_order: Literal["by-ratio", "random"] = "by-ratio"
+    deadline: float = 0.0
+    over_select: float = 1.0
+    targets: str = ""
     out: str = "runs/last"
     resume: bool = False
 
@@ -145,6 +198,17 @@ class SimulateConfig:
         for ratio in self.ratio_values:
             if not 0 < ratio <= 1:
                 raise ValueError(f"--ratios must be in (0, 1], got {ratio:g}")
+        self._check_clock()
+
+    def _check_clock(self) -> None:
+        if not self.devices and (self.deadline or self.over_select != 1):
+            raise ValueError("--deadline and --over-select need a clock: give --devices")
+        if self.cohort_size > self.clients:
+            raise ValueError(
+                f"--over-select {self.over_select:g} of {self.per_round} asks {self.cohort_size} "
+                f"clients a round, and there are {self.clients}; lower it or raise --clients"
+            )
+        _ = self.fleet, self.target_values  # refuse what cannot be read before anything is loaded
 
     @property
     def ratio_values(self) -> tuple[float, ...]:
@@ -156,6 +220,30 @@ class SimulateConfig:
                 f"--ratios {self.ratios!r} is not a list of numbers such as 1/8,1/4,0.5"
             ) from None
 
+    @property
+    def fleet(self) -> Fleet | None:
+        """The devices, None where there is no clock."""
+        return read_fleet(self.devices) if self.devices else None
+
+    @property
+    def cohort_size(self) -> int:
+        """How many clients are chosen for a round."""
+        return math.ceil(round(self.per_round * self.over_select, 6))
+
+    @property
+    def target_values(self) -> tuple[Target, ...]:
+        """The targets as figures of an evaluation and their values."""
+        targets = []
+        for part in self.column_names("targets"):
+            figure, _, value = part.rpartition(":")
+            try:
+                targets.append(Target({"": "metric", "loss": "loss"}[figure], float(value)))
+            except (KeyError, ValueError):
+                raise ValueError(
+                    f"--targets {part!r} is neither a score such as 0.7 nor a loss such as loss:2.5"
+                ) from None
+        return tuple(targets)
+
     def column_names(self, name: str) -> tuple[str, ...]:
         """Split a comma-separated field."""
         return tuple(part.strip() for part in str(getattr(self, name)).split(",") if part.strip())
@@ -164,6 +252,8 @@ class SimulateConfig:
         """Return the config with its lists as lists, as ``config.json`` holds it."""
         values: dict[str, object] = {**asdict(self)}
         values.update({name: list(self.column_names(name)) for name in _LISTS})
+        # Whole, so that the run folder says what was simulated when a file or a built-in changes.
+        values["devices"] = self.fleet.to_json() if self.fleet else ""
         return {**values, "ratios": list(self.ratio_values)}
 
 
@@ -194,6 +284,8 @@ def merged(config: SimulateConfig | None, values: Mapping[str, Any], source: str
             raise ValueError(f"{source}: unknown setting {key!r}; settings are the flags of --help")
         listed = name in _LISTS and isinstance(given, list)
         value: Any = ",".join(str(item) for item in given) if listed else given
+        if name == "devices" and isinstance(given, list):
+            value = json.dumps(given)
         wanted = _TYPES.get(str(types[name]), (str,))
         if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
             raise ValueError(f"{source}: {key} = {value!r} is not of type {types[name]}")
@@ -234,4 +326,5 @@ def continued(saved: SimulateConfig, asked: SimulateConfig) -> SimulateConfig:
             f"the run in {asked.out} was started otherwise: {listed}; leave these flags out, or "
             "start a new run with another --out"
         )
-    return replace(saved, rounds=asked.rounds, out=asked.out, resume=True)
+    kept = {name: getattr(asked, name) for name in ("rounds", "out", "targets")}
+    return replace(saved, **kept, resume=True)

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from fslora.config import SimulateConfig
 from fslora.report import format_bytes
+from fslora.report.units import format_seconds
 from fslora.server import ClientRecord, RoundRecord
 from fslora.simulate import Watcher
 
@@ -26,7 +27,7 @@ from fslora.simulate import Watcher
 @contextmanager
 def progress(config: SimulateConfig, console: Console) -> Iterator[Watcher]:
     """Show a bar over all client trainings, with loss, bytes so far, and time left."""
-    total = config.rounds * config.per_round
+    total = config.rounds * config.cohort_size
     moved = 0
     columns = (
         TextColumn("round {task.fields[round]}/" + str(config.rounds)),
@@ -44,7 +45,7 @@ def progress(config: SimulateConfig, console: Console) -> Iterator[Watcher]:
     def on_start(done: int) -> None:
         loading.stop()
         bars.start()
-        bars.update(bar, completed=done * config.per_round, round=done + 1)
+        bars.update(bar, completed=done * config.cohort_size, round=done + 1)
 
     def on_client(record: ClientRecord) -> None:
         nonlocal moved
@@ -55,7 +56,8 @@ def progress(config: SimulateConfig, console: Console) -> Iterator[Watcher]:
             bars.console.print(f"  {record.id}: left out, {record.rejected}", markup=False)
 
     def on_round(record: RoundRecord) -> None:
-        bars.update(bar, round=min(record.round + 1, config.rounds))
+        done = record.round * config.cohort_size  # some may not have been available
+        bars.update(bar, completed=done, round=min(record.round + 1, config.rounds))
         if record.eval_loss is not None:
             bars.update(bar, eval=f"{record.eval_loss:.3f}")
 
@@ -99,6 +101,20 @@ def closing_table(summary: dict[str, Any], console: Console) -> None:
     if summary["eval_metric_after"] is not None:
         change = _change(summary["eval_metric_before"], summary["eval_metric_after"])
         console.print(f"score: {change}")
+    if summary["sim_seconds"] is not None:
+        console.print(f"simulated time: {format_seconds(summary['sim_seconds'])}")
+    for row in summary["targets"]:
+        console.print(_target_line(row))
+
+
+def _target_line(row: dict[str, Any]) -> str:
+    name = f"{row['figure']} {row['value']:g}"
+    if row["round"] is None:
+        return f"{name}: not reached"
+    moved = f"{format_bytes(row['bytes_up'])} up and {format_bytes(row['bytes_down'])} down"
+    seconds = row["sim_seconds"]
+    after = "" if seconds is None else f", {format_seconds(seconds)} simulated"
+    return f"{name}: reached in round {row['round']} with {moved}{after}"
 
 
 def closing_lines(folder: Path, report: Path | None, console: Console) -> None:

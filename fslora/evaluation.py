@@ -11,6 +11,7 @@ import fslora_kernels
 from fslora.data.tasks import Evaluation, Examples, Task
 from fslora.models import put_state
 from fslora.protocol import ServerState
+from fslora.residual import applied
 from fslora.sketch import draw_sketches
 from fslora_kernels.sampling import sketch_size
 from fslora_kernels.seeds import fold_in
@@ -28,9 +29,27 @@ def evenly(examples: Examples, groups: Sequence[int], limit: int) -> tuple[Examp
 def evaluate(
     model: PeftModel, state: ServerState, task: Task, examples: Examples, batch_size: int
 ) -> Evaluation:
-    """Evaluate the whole adapter (Ω = I)."""
+    """Evaluate the whole adapter (Ω = I), on the base weights as the strategy changed them."""
     put_state(model, state.adapters, state.extras)
-    return task.evaluate(model, examples, batch_size)
+    with applied(model, state.base_residual):
+        return task.evaluate(model, examples, batch_size)
+
+
+def evaluate_mean(
+    model: PeftModel,
+    states: Sequence[ServerState],
+    task: Task,
+    examples: Examples,
+    batch_size: int,
+) -> Evaluation:
+    """Evaluate several models and return their mean loss and metric."""
+    found = [evaluate(model, state, task, examples, batch_size) for state in states]
+    metrics = [each.metric for each in found if each.metric is not None]
+    return Evaluation(
+        loss=sum(each.loss for each in found) / len(found),
+        metric=sum(metrics) / len(metrics) if metrics else None,
+        count=found[0].count,
+    )
 
 
 def evaluate_sketched(
@@ -69,7 +88,7 @@ def evaluate_sketched(
 
 def evaluate_by_ratio(
     model: PeftModel,
-    state: ServerState,
+    states: Sequence[ServerState],
     task: Task,
     examples: Examples,
     groups: Sequence[int],
@@ -80,7 +99,7 @@ def evaluate_by_ratio(
 
     Args:
         model: the fused model.
-        state: what to evaluate.
+        states: what to evaluate; the mean over several.
         task: the loss.
         examples: the evaluation.
         groups: for each example its client's position, or -1.
@@ -90,12 +109,11 @@ def evaluate_by_ratio(
     Returns:
         Ratio (as ``f"{ratio:g}"``) to loss; classes without held-out text are left out.
     """
-    put_state(model, state.adapters, state.extras)
     owners = torch.tensor([ratio_of.get(group, 0.0) for group in groups], dtype=torch.float64)
     losses = {}
     for ratio in sorted(set(ratio_of.values())):
         rows = (owners == ratio).nonzero().flatten()
         if len(rows):
             own = Examples({name: tensor[rows] for name, tensor in examples.tensors.items()})
-            losses[f"{ratio:g}"] = task.evaluate(model, own, batch_size).loss
+            losses[f"{ratio:g}"] = evaluate_mean(model, states, task, own, batch_size).loss
     return losses

@@ -14,6 +14,7 @@ from torch import Tensor
 from fslora_kernels import Adapters, LoRAWeights, check_index
 
 __all__ = [
+    "POOLED",
     "Adapters",
     "ClientFn",
     "ClientTask",
@@ -26,6 +27,9 @@ __all__ = [
     "Sketch",
     "Strategy",
 ]
+
+POOLED = "all clients"
+"""The id of the one client that has everybody's data."""
 
 Extras = dict[str, Tensor]
 """What is trained beside the adapters, whole: classification heads, by parameter name."""
@@ -72,6 +76,10 @@ class LocalRule:
         clip_norm: the gradient's norm is clipped to this; 0 does not clip.
         weight_decay: decoupled for AdamW.
         momentum: of SGD.
+        trainable: which factors are trained; the other one is in the forward and does not travel
+            back.
+        penalty: λ, times Σ over modules of ‖B[:, j:]‖ ‖A[j:]‖ (Frobenius) is added to the loss.
+        penalty_from: j, the first rank that is penalised.
     """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -82,6 +90,9 @@ class LocalRule:
     clip_norm: float = 0.0
     weight_decay: float = 0.0
     momentum: float = 0.0
+    trainable: Literal["both", "a", "b"] = "both"
+    penalty: float = 0.0
+    penalty_from: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train."""
@@ -90,9 +101,14 @@ class LocalRule:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
-        for name in ("clip_norm", "weight_decay", "momentum"):
+        for name in ("clip_norm", "weight_decay", "momentum", "penalty", "penalty_from"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def trained(self) -> tuple[bool, bool]:
+        """Whether A is trained, and whether B is."""
+        return self.trainable != "b", self.trainable != "a"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +125,13 @@ class ClientTask:
         local: how to train.
         key: of the client's batches and of what its model draws.
         nonce: echoed by the answer.
+        scale: of the client's delta, relative to the global adapter's own α/R: R/S where the
+            sketch is corrected for, else 1.
+        frozen: ranks that are in the client's forward beside its own and are not trained.
+        residual: what the base weights have gained, as ``ServerState.base_residual``.
+        held_bytes: how much of the adapters, frozen and residual the client has already, from an
+            earlier round or from the seed, so that it does not travel.
+        private: nothing travels, neither way: client and server are one.
     """
 
     round: int
@@ -119,6 +142,11 @@ class ClientTask:
     local: LocalRule
     key: int
     nonce: int
+    scale: float = 1.0
+    frozen: Adapters = field(default_factory=dict)
+    residual: Adapters = field(default_factory=dict)
+    held_bytes: int = 0
+    private: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +157,8 @@ class ClientUpdate:
         round: of the task.
         client_id: of the task.
         nonce: of the task.
-        delta: module name to trained minus received factors.
+        delta: module name to trained minus received factors; a factor that is not trained has no
+            rows, because it does not travel.
         extras: trained minus received heads.
         num_examples: distinct examples that the client has.
         metrics: "loss", the mean training loss; more where a client reports more.
@@ -154,6 +183,10 @@ class ServerState:
         extras: heads.
         optimizer: the server optimizer's tensors.
         key: the run's seed.
+        base_residual: module name to a low-rank pair ``[K, D]`` and ``[K, E]``: the base weight is
+            W₀ plus the adapter's own scaling α/R times its product.
+        client_state: client id to what the server remembers of it, by name; only of clients that
+            have taken part, and only where a strategy needs it.
     """
 
     round: int
@@ -161,6 +194,8 @@ class ServerState:
     extras: Extras
     key: int
     optimizer: dict[str, Tensor] = field(default_factory=dict)
+    base_residual: Adapters = field(default_factory=dict)
+    client_state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 class Strategy(NamedTuple):
@@ -170,11 +205,14 @@ class Strategy(NamedTuple):
         init: adapters, heads and seed to the first state.
         assign: a state and the cohort's ids to one task each.
         aggregate: a state, its tasks, and the accepted updates in task order, to the next state.
+        evaluated: a state to those whose mean score is the strategy's: itself, but where every
+            client has a model of its own.
     """
 
     init: Callable[[Adapters, Extras, int], ServerState]
     assign: Callable[[ServerState, Sequence[str]], list[ClientTask]]
     aggregate: Callable[[ServerState, Sequence[ClientTask], Iterable[ClientUpdate]], ServerState]
+    evaluated: Callable[[ServerState], list[ServerState]] = lambda state: [state]
 
 
 ClientFn = Callable[[ClientTask], ClientUpdate]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from fslora.aggregation import in_task_order
-from fslora.client import payload_bytes
+from fslora.client import download_bytes, upload_bytes
+from fslora.clock import FAILED, Clock, Plan
 from fslora.protocol import ClientFn, ClientTask, ClientUpdate, Engine, ServerState, Strategy
 from fslora.validate import rejection
 from fslora_kernels.seeds import fold_in
+
+_ABSENT = ("it was not available", FAILED)
 
 
 class NoUsableUpdateError(RuntimeError):
@@ -31,6 +34,12 @@ class ClientRecord:
         examples: distinct examples it has.
         loss: mean training loss.
         rejected: why its update was not used, or None.
+        device: name of its class, None without ``--devices``.
+        sim_seconds: what the round takes it, or would have taken, the round trip included; the
+            parts of it follow.
+        sim_down_seconds: receiving.
+        sim_compute_seconds: training.
+        sim_up_seconds: sending.
     """
 
     id: str
@@ -40,6 +49,11 @@ class ClientRecord:
     examples: int
     loss: float | None
     rejected: str | None
+    device: str | None = None
+    sim_seconds: float | None = None
+    sim_down_seconds: float | None = None
+    sim_compute_seconds: float | None = None
+    sim_up_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +77,9 @@ class RoundRecord:
         wall_seconds: of the round, its evaluation not included.
         coverage: for each rank the share of (accepted client, module) pairs that trained it.
         clients: in task order.
+        sim_seconds: of the round on the clients' devices; None without ``--devices``.
+        sim_seconds_total: of all rounds so far.
+        unavailable: who was chosen but did not take part; nothing was sent to them.
     """
 
     round: int
@@ -80,6 +97,9 @@ class RoundRecord:
     wall_seconds: float = 0.0
     coverage: list[float] = field(default_factory=list)
     clients: list[ClientRecord] = field(default_factory=list)
+    sim_seconds: float | None = None
+    sim_seconds_total: float | None = None
+    unavailable: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, object]:
         """Return it as plain values for one JSON object."""
@@ -109,6 +129,7 @@ def run_round(
     client: ClientFn,
     cohort: Sequence[str],
     on_client: Callable[[ClientRecord], None] = lambda _: None,
+    clock: Clock | None = None,
 ) -> tuple[ServerState, RoundRecord]:
     """Run one round.
 
@@ -119,37 +140,50 @@ def run_round(
         client: what a client does.
         cohort: the ids of the round's clients.
         on_client: called with each client's record as soon as it is known.
+        clock: says who takes part and who answers in time; without one all do.
 
     Returns:
-        The next state and the round's record, without its evaluation.
+        The next state and the round's record, without its evaluation and running total.
 
     Raises:
         NoUsableUpdateError: no client's update could be used.
     """
     start = time.perf_counter()
-    tasks = strategy.assign(state, cohort)
+    number = state.round + 1
+    present = list(cohort) if clock is None else clock.available(number, cohort)
+    tasks = strategy.assign(state, present) if present else []
+    plan = Plan() if clock is None else clock.plan(tasks)
     records: dict[str, ClientRecord] = {}
 
+    def noted(task: ClientTask, update: ClientUpdate | None, reason: str | None) -> None:
+        record = _client_record(task, update, reason, plan)
+        records[task.client_id] = record
+        on_client(record)
+
     def accepted() -> Iterator[ClientUpdate]:
-        for task, update in in_task_order(tasks, engine(client, tasks)):
+        for task, update in in_task_order(trained, engine(client, trained)):
             reason = rejection(task, update)
-            records[task.client_id] = _client_record(task, update, reason)
-            on_client(records[task.client_id])
+            noted(task, update, reason)
             if reason is None:
                 yield update
 
-    new_state = strategy.aggregate(state, tasks, accepted())
+    # Whose work would not be used does not train: the clock knows beforehand.
+    trained = [task for task in tasks if task.client_id not in plan.unused]
     for task in tasks:
+        if task.client_id in plan.unused:
+            noted(task, None, plan.unused[task.client_id])
+    unavailable = [client_id for client_id in cohort if client_id not in present]
+    asked_nobody = bool(present) and not tasks  # a strategy may: nobody trains
+    if not trained and not asked_nobody:
+        raise _nobody(number, unavailable, list(records.values()))
+    new_state = strategy.aggregate(state, tasks, accepted())
+    for task in trained:
         if task.client_id not in records:
-            records[task.client_id] = _client_record(task, None, "it did not answer")
-    used = [record for record in records.values() if record.rejected is None]
-    if not used:
-        reasons = "; ".join(f"{record.id}: {record.rejected}" for record in records.values())
-        raise NoUsableUpdateError(
-            f"round {state.round + 1}: no client's update could be used ({reasons}). "
-            "Lower --lr, set --clip-norm 1, or use --dtype float32"
-        )
-    return new_state, _round_record(tasks, records, time.perf_counter() - start)
+            noted(task, None, "it did not answer")
+    if not asked_nobody and all(record.rejected for record in records.values()):
+        raise _nobody(number, unavailable, list(records.values()))
+    record = _round_record(number, tasks, records, plan, time.perf_counter() - start)
+    return new_state, replace(record, unavailable=unavailable)
 
 
 def rounds(
@@ -162,8 +196,22 @@ def rounds(
     per_round: int,
     until: int,
     on_client: Callable[[ClientRecord], None] = lambda _: None,
+    clock: Clock | None = None,
+    sim_seconds: float = 0.0,
 ) -> Iterator[tuple[ServerState, RoundRecord]]:
     """Yield the state and the record after each round, up to round ``until``.
+
+    Args:
+        state: where to begin.
+        strategy: as ``run_round``.
+        engine: as ``run_round``.
+        client: as ``run_round``.
+        clients: everybody's id.
+        per_round: how many are chosen for a round.
+        until: the last round.
+        on_client: as ``run_round``.
+        clock: as ``run_round``.
+        sim_seconds: what the rounds before have taken on the clock.
 
     Raises:
         ValueError: more clients a round than clients.
@@ -171,36 +219,68 @@ def rounds(
     """
     while state.round < until:
         cohort = draw_cohort(state.key, state.round + 1, clients, per_round)
-        state, record = run_round(state, strategy, engine, client, cohort, on_client)
+        state, record = run_round(state, strategy, engine, client, cohort, on_client, clock)
+        if record.sim_seconds is not None:
+            sim_seconds += record.sim_seconds
+            record = replace(record, sim_seconds_total=sim_seconds)
         yield state, record
 
 
+def _nobody(
+    number: int, unavailable: Sequence[str], records: Sequence[ClientRecord]
+) -> NoUsableUpdateError:
+    """The error of a round without a usable update, with the remedy for why it had none."""
+    reasons = dict.fromkeys(unavailable, "it was not available")
+    reasons |= {record.id: record.rejected or "" for record in records}
+    remedy = "Lower --lr, set --clip-norm 1, or use --dtype float32"
+    late = [r.sim_seconds for r in records if r.sim_seconds and "deadline" in (r.rejected or "")]
+    if late:
+        remedy = f"Raise --deadline: the fastest of the late needed {min(late):.3g} s"
+    elif all(reason in _ABSENT for reason in reasons.values()):
+        remedy = "Raise --over-select or --per-round, or give --devices more availability"
+    listed = "; ".join(f"{client_id}: {reason}" for client_id, reason in reasons.items())
+    return NoUsableUpdateError(
+        f"round {number}: no client's update could be used ({listed}). {remedy}"
+    )
+
+
 def _client_record(
-    task: ClientTask, update: ClientUpdate | None, reason: str | None
+    task: ClientTask, update: ClientUpdate | None, reason: str | None, plan: Plan
 ) -> ClientRecord:
     sketch = next(iter(task.sketches.values()), None)
     loss = None if update is None else update.metrics.get("loss")
+    sent = update is not None or task.client_id in plan.wasted
+    times = plan.times.get(task.client_id)
     return ClientRecord(
         id=task.client_id,
         ratio=0.0 if sketch is None else sketch.size / sketch.rank,
-        bytes_up=0 if update is None else sum(payload_bytes(update.delta, update.extras)),
-        bytes_down=sum(payload_bytes(task.adapters, task.extras)),
+        bytes_up=sum(upload_bytes(task)) if sent else 0,
+        bytes_down=sum(download_bytes(task)),
         examples=0 if update is None else update.num_examples,
         loss=loss if loss is not None and np.isfinite(loss) else None,
         rejected=reason,
+        device=None if times is None else times.device,
+        sim_seconds=None if times is None else times.seconds,
+        sim_down_seconds=None if times is None else times.down_seconds,
+        sim_compute_seconds=None if times is None else times.compute_seconds,
+        sim_up_seconds=None if times is None else times.up_seconds,
     )
 
 
 def _round_record(
-    tasks: Sequence[ClientTask], records: dict[str, ClientRecord], seconds: float
+    number: int,
+    tasks: Sequence[ClientTask],
+    records: dict[str, ClientRecord],
+    plan: Plan,
+    seconds: float,
 ) -> RoundRecord:
-    answered = [task for task in tasks if records[task.client_id].bytes_up]
+    sent = [task for task in tasks if records[task.client_id].bytes_up]
     used = [task for task in tasks if records[task.client_id].rejected is None]
-    down, up = _split(tasks), _split(answered)
+    down, up = _sum(map(download_bytes, tasks)), _sum(map(upload_bytes, sent))
     losses = [loss for task in used if (loss := records[task.client_id].loss) is not None]
     return RoundRecord(
-        round=tasks[0].round,
-        train_loss=sum(losses) / len(losses),
+        round=number,
+        train_loss=sum(losses) / len(losses) if losses else None,
         bytes_up=sum(up),
         bytes_down=sum(down),
         adapter_bytes_up=up[0],
@@ -210,13 +290,13 @@ def _round_record(
         wall_seconds=seconds,
         coverage=_coverage(used),
         clients=[records[task.client_id] for task in tasks],
+        sim_seconds=plan.seconds,
     )
 
 
-def _split(tasks: Iterable[ClientTask]) -> tuple[int, int]:
-    """Adapter and head bytes of tasks, or of their answers, which have the same shapes."""
-    sizes = [payload_bytes(task.adapters, task.extras) for task in tasks]
-    return sum(adapter for adapter, _ in sizes), sum(head for _, head in sizes)
+def _sum(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    adapters, heads = zip((0, 0), *sizes, strict=True)
+    return sum(adapters), sum(heads)
 
 
 def _coverage(tasks: Sequence[ClientTask]) -> list[float]:

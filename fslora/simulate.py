@@ -15,16 +15,17 @@ from peft import PeftModel
 
 from fslora import checkpoint, evaluation
 from fslora.client import LocalTrainer
+from fslora.clock import Clock, check_memory, deal_devices, step_counter
 from fslora.config import SimulateConfig, continued, merged, read_settings
 from fslora.data.causal_lm import CausalLM
 from fslora.data.classification import Classification
-from fslora.data.federated import FederatedData, load_federated
+from fslora.data.federated import FederatedData, fingerprints, load_federated, validation_split
 from fslora.data.instruction import Instruction
 from fslora.data.rows import read_rows
-from fslora.data.tasks import Task, pad_id
+from fslora.data.tasks import Examples, Task, pad_id, pooled
 from fslora.engines import sequential
 from fslora.models import load_model, load_tokenizer, put_state, take_state
-from fslora.protocol import LocalRule, ServerState, Strategy
+from fslora.protocol import POOLED, LocalRule, ServerState, Strategy
 from fslora.server import ClientRecord, RoundRecord, rounds
 from fslora.strategies import STRATEGIES
 from fslora.summary import summarise
@@ -125,11 +126,15 @@ def prepare(config: SimulateConfig) -> Run:
         evaluation_rows=evaluation_rows,
         label_column=config.label_column,
     )
+    if config.validation:
+        data = validation_split(data, task, fold_in(config.seed, "validation"))
     examples, groups = evaluation.evenly(
         data.evaluation, data.evaluation_groups, config.eval_examples
     )
     data = replace(data, evaluation=examples, evaluation_groups=groups)
     model = load_model(config, data.labels, pad_id(tokenizer))
+    if config.fleet is not None:
+        check_memory(config.fleet, model)
     ratio_of = deal_ratios(config, len(data.names))
     strategy = STRATEGIES[config.strategy](
         {data.names[client]: ratio for client, ratio in ratio_of.items()},
@@ -171,15 +176,18 @@ def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str
         checkpoint.write_json(run.folder / "config.json", settings)
         state = _first_state(run)
     watcher.on_start(state.round)
+    trainer = LocalTrainer(run.model, run.task, _examples_of(run))
     steps = rounds(
         state,
         run.strategy,
         sequential,
-        LocalTrainer(run.model, run.task, dict(zip(run.data.names, run.data.clients, strict=True))),
+        trainer,
         run.data.names,
-        per_round=config.per_round,
+        per_round=config.cohort_size,
         until=config.rounds,
         on_client=watcher.on_client,
+        clock=make_clock(run, trainer),
+        sim_seconds=checkpoint.read_records(run.folder)[-1].get("sim_seconds_total") or 0.0,
     )
     try:
         for new_state, bare in steps:
@@ -197,9 +205,31 @@ def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str
     records = checkpoint.read_records(run.folder)
     device = str(next(run.model.parameters()).device)
     summary = summarise(config, state, run.ratio_of, records, perf_counter() - start, device)
+    summary["split"] = fingerprints(run.data)
     with checkpoint.explained_io_errors(run.folder, state.round):
         checkpoint.write_json(run.folder / "summary.json", summary)
     return summary
+
+
+def make_clock(run: Run, trainer: LocalTrainer) -> Clock | None:
+    """Build the clock of a run's devices, None where it has none.
+
+    Args:
+        run: the run.
+        trainer: what its clients do, for counting operations.
+    """
+    config = run.config
+    if config.fleet is None:
+        return None
+    ratio_of = {run.data.names[client]: ratio for client, ratio in run.ratio_of.items()}
+    by_ratio = config.device_order == "by-ratio"
+    return Clock(
+        seed=config.seed,
+        device_of=deal_devices(config.fleet, ratio_of, config.seed, by_ratio=by_ratio),
+        step_flops=step_counter(trainer, run.data.evaluation),
+        per_round=config.per_round,
+        deadline=config.deadline,
+    )
 
 
 def checked_folder(config: SimulateConfig) -> SimulateConfig:
@@ -225,11 +255,24 @@ def checked_folder(config: SimulateConfig) -> SimulateConfig:
     return config
 
 
+def _examples_of(run: Run) -> dict[str, Examples]:
+    """Client id to its examples; those of all under ``POOLED`` where a strategy asks for it."""
+    examples = dict(zip(run.data.names, run.data.clients, strict=True))
+    if run.config.strategy == "centralised":
+        examples[POOLED] = pooled(run.data.clients)
+    return examples
+
+
 def _write_adapter(run: Run, state: ServerState) -> None:
-    """Write the global adapter as a PEFT checkpoint."""
+    """Write the global adapter as a PEFT checkpoint, with what the base weights have gained."""
     put_state(run.model, state.adapters, state.extras)
+
+    def write(folder: str) -> None:
+        run.model.save_pretrained(folder)
+        checkpoint.save_residual(Path(folder), state.base_residual)
+
     with checkpoint.explained_io_errors(run.folder, state.round):
-        checkpoint.replace_folder(run.folder / "adapter", run.model.save_pretrained)
+        checkpoint.replace_folder(run.folder / "adapter", write)
 
 
 def _first_state(run: Run) -> ServerState:
@@ -240,7 +283,9 @@ def _first_state(run: Run) -> ServerState:
         return state
     state = run.strategy.init(*take_state(run.model), run.config.seed)
     checkpoint.cut_records(run.folder, -1)
-    checkpoint.append_record(run.folder, _evaluated(run, state, RoundRecord(round=0)).to_json())
+    beginning = 0.0 if run.config.devices else None
+    bare = RoundRecord(round=0, sim_seconds=beginning, sim_seconds_total=beginning)
+    checkpoint.append_record(run.folder, _evaluated(run, state, bare).to_json())
     checkpoint.save_state(run.folder, state)
     return state
 
@@ -251,14 +296,17 @@ def _evaluated(run: Run, state: ServerState, record: RoundRecord) -> RoundRecord
     if state.round % run.config.eval_every and not first_or_last:
         return record
     examples, size = run.data.evaluation, run.config.batch_size * 4
-    whole = evaluation.evaluate(run.model, state, run.task, examples, size)
-    sketched = evaluation.evaluate_sketched(
-        run.model, state, run.task, examples, size, run.config.ratio_values
-    )
+    states = run.strategy.evaluated(state)
+    whole = evaluation.evaluate_mean(run.model, states, run.task, examples, size)
+    sketched = None
+    if run.config.strategy == "fslora":  # no other strategy's clients minimise this loss
+        sketched = evaluation.evaluate_sketched(
+            run.model, state, run.task, examples, size, run.config.ratio_values
+        )
     by_ratio = {}
     if first_or_last:
         by_ratio = evaluation.evaluate_by_ratio(
-            run.model, state, run.task, examples, run.data.evaluation_groups, size, run.ratio_of
+            run.model, states, run.task, examples, run.data.evaluation_groups, size, run.ratio_of
         )
     return replace(
         record,

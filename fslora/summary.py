@@ -8,11 +8,14 @@ from typing import Any
 import torch
 
 from fslora.client import payload_bytes
-from fslora.config import SimulateConfig
+from fslora.config import SimulateConfig, Target
 from fslora.protocol import ServerState
 from fslora_kernels.sampling import sketch_size
 
 Record = dict[str, Any]
+
+_BYTES = tuple(f"{part}bytes_{way}" for part in ("adapter_", "head_", "") for way in ("up", "down"))
+_TIMES = ("sim_seconds", "sim_down_seconds", "sim_compute_seconds", "sim_up_seconds")
 
 
 def summarise(
@@ -43,6 +46,7 @@ def summarise(
     for ratio in sorted(set(ratio_of.values())):
         own = [entry for entry in entries if entry["ratio"] == ratio]
         moved = sum(entry["bytes_up"] + entry["bytes_down"] for entry in own)
+        answers = sum(map(_answered, own))
         classes.append(
             {
                 "ratio": ratio,
@@ -51,7 +55,7 @@ def summarise(
                 "participations": len(own),
                 "bytes_up": sum(entry["bytes_up"] for entry in own),
                 "bytes_down": sum(entry["bytes_down"] for entry in own),
-                "share_of_full_rank": moved / (2 * full * len(own)) if own else None,
+                "share_of_full_rank": moved / (full * (len(own) + answers)) if own else None,
                 "loss_before": before["eval_loss_by_ratio"].get(f"{ratio:g}"),
                 "loss_after": after["eval_loss_by_ratio"].get(f"{ratio:g}"),
             }
@@ -61,8 +65,11 @@ def summarise(
         **{f"eval_{what}_before": before[f"eval_{what}"] for what in ("loss", "metric")},
         **{f"eval_{what}_after": after[f"eval_{what}"] for what in ("loss", "metric")},
         **{way: sum(record[way] for record in records) for way in ("bytes_up", "bytes_down")},
-        "full_rank_bytes_up": full * len(entries),
+        "full_rank_bytes_up": full * sum(map(_answered, entries)),
         "full_rank_bytes_down": full * len(entries),
+        "sim_seconds": after.get("sim_seconds_total"),
+        "devices": device_classes(entries),
+        "targets": [cost_of(target, records) for target in config.target_values],
         "wall_seconds": wall_seconds,
         "modules": len(state.adapters),
         "parameters": sum(t.numel() for pair in state.adapters.values() for t in pair),
@@ -70,3 +77,57 @@ def summarise(
         "device": device,
         "versions": {"torch": torch.__version__},
     }
+
+
+def _answered(entry: Record) -> bool:
+    return entry["rejected"] is None or entry["bytes_up"] > 0
+
+
+def device_classes(entries: Sequence[Record]) -> list[Record]:
+    """Sum up what the clients of each class of devices did, the slowest class first.
+
+    Args:
+        entries: the clients' records of all rounds.
+
+    Returns:
+        For each class how often it was asked, how often its work was used, and the mean seconds
+        of a round that it needs; nothing without devices.
+    """
+    by_device: dict[str, list[Record]] = {}
+    for entry in entries:
+        if entry.get("device") is not None:
+            by_device.setdefault(entry["device"], []).append(entry)
+    rows = [
+        {
+            "device": device,
+            "asked": len(own),
+            "used": sum(entry["rejected"] is None for entry in own),
+            **{time: sum(entry[time] for entry in own) / len(own) for time in _TIMES},
+        }
+        for device, own in by_device.items()
+    ]
+    return sorted(rows, key=lambda row: -row["sim_seconds"])
+
+
+def cost_of(target: Target, records: Sequence[Record]) -> Record:
+    """Say what had been paid when a target was first reached, in an evaluated round.
+
+    Args:
+        target: a metric to reach from below, or a loss from above.
+        records: lines of ``rounds.jsonl``, round 0 first.
+
+    Returns:
+        The target, and the round, the bytes in each direction (adapter, head and both) and the
+        simulated seconds until then; all None if it never was reached, the seconds also where
+        there is no clock.
+    """
+    paid = dict.fromkeys(_BYTES, 0)
+    for record in records:
+        paid = {way: so_far + record[way] for way, so_far in paid.items()}
+        value = record[f"eval_{target.figure}"]
+        if value is None:
+            continue
+        if value >= target.value if target.figure == "metric" else value <= target.value:
+            seconds = record.get("sim_seconds_total")
+            return {**target._asdict(), "round": record["round"], **paid, "sim_seconds": seconds}
+    return {**target._asdict(), "round": None, **dict.fromkeys(_BYTES), "sim_seconds": None}

@@ -26,8 +26,10 @@ def rejection(task: ClientTask, update: ClientUpdate) -> str | None:
     if update.delta.keys() != task.adapters.keys() or update.extras.keys() != task.extras.keys():
         return "its modules are not those that it was given"
     for name, pair in task.adapters.items():
-        for factor, given in zip(update.delta[name], pair, strict=True):
-            if (reason := _misfit(factor, given)) is not None:
+        for factor, given, trained in zip(
+            update.delta[name], pair, task.local.trained, strict=True
+        ):
+            if (reason := _misfit(factor, given if trained else given[:0])) is not None:
                 return f"{name} {reason}"
     for name, given in task.extras.items():
         if (reason := _misfit(update.extras[name], given)) is not None:

@@ -1,7 +1,8 @@
 """From rows to clients: who trains on what, and what is held out to judge by."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from fslora.data.classification import Classification
 from fslora.data.files import Rows
 from fslora.data.partition import Indices, client_names, natural_column, partition
 from fslora.data.rows import column, column_name
-from fslora.data.tasks import Examples, Task, Tokenizer
+from fslora.data.tasks import Examples, Task, Tokenizer, pooled
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,66 @@ def load_federated(
         encoded.append(_not_empty(name, task.encode(own, tokenizer, classes) if own else None))
     evaluation, groups = _encode_evaluation(task, tokenizer, shares, classes)
     return FederatedData(names, encoded, evaluation, groups, classes)
+
+
+def validation_split(data: FederatedData, task: Task, key: int) -> FederatedData:
+    """Hold out a tenth of the clients' own examples, and put it in place of the evaluation.
+
+    As in `load_federated`: running text is held out at each client's end, of other tasks a tenth
+    of all examples is drawn; every client keeps at least one.
+
+    Args:
+        data: whose evaluation is dropped unseen.
+        task: how its rows became examples.
+        key: the seed of the draw.
+
+    Raises:
+        ValueError: no client has two examples.
+    """
+    parts = [np.arange(len(examples)) for examples in data.clients]
+    if isinstance(task, CausalLM):
+        cut = [
+            both if len(both[0]) else (part, part[:0])
+            for part, both in zip(parts, _last_tenths(parts), strict=True)
+        ]
+    else:
+        cut = _drawn_tenth(parts, key)
+    _refuse_empty_evaluation(sum(len(out) for _, out in cut))
+    groups = [client for client, (_, out) in enumerate(cut) for _ in out]
+    kept = [_rows(own, keep) for own, (keep, _) in zip(data.clients, cut, strict=True)]
+    held_out = pooled([_rows(own, out) for own, (_, out) in zip(data.clients, cut, strict=True)])
+    return replace(data, clients=kept, evaluation=held_out, evaluation_groups=groups)
+
+
+def fingerprints(data: FederatedData) -> dict[str, str]:
+    """Say in a few letters who trains on what ("clients") and what judges them ("evaluation")."""
+    clients = _digest(name.encode() for name in data.names)
+    for examples in data.clients:
+        clients += _examples_digest(examples)
+    return {
+        "clients": _digest([clients.encode()])[:16],
+        "evaluation": _examples_digest(data.evaluation)[:16],
+    }
+
+
+def _examples_digest(examples: Examples) -> str:
+    return _digest(
+        part
+        for name, tensor in sorted(examples.tensors.items())
+        for part in (f"{name} {list(tensor.shape)}".encode(), tensor.contiguous().numpy().tobytes())
+    )
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(len(part).to_bytes(8, "little") + part)
+    return total.hexdigest()
+
+
+def _rows(examples: Examples, indices: Indices) -> Examples:
+    rows = torch.from_numpy(indices)
+    return Examples({name: tensor[rows] for name, tensor in examples.tensors.items()})
 
 
 def _cut_text(

@@ -53,6 +53,20 @@ class Examples:
             yield rows, self.take(rows)
 
 
+def pooled(parts: Sequence[Examples]) -> Examples:
+    """All examples of several sets as one, padded on the right to the longest."""
+    width = max(part.tensors["input_ids"].shape[1] for part in parts)
+
+    def wide(name: str, tensor: Tensor) -> Tensor:
+        if tensor.dim() == 1:
+            return tensor
+        missing = width - tensor.shape[1]
+        return functional.pad(tensor, (0, missing), value=IGNORED if name == "labels" else 0)
+
+    names = parts[0].tensors
+    return Examples({n: torch.cat([wide(n, part.tensors[n]) for part in parts]) for n in names})
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """What an evaluation found.

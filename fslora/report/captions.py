@@ -1,11 +1,12 @@
 """One sentence under each picture that says what one sees in it, with the run's own figures."""
 
 from fslora.report.records import Run
-from fslora.report.units import format_bytes, format_ratio
+from fslora.report.units import format_bytes, format_ratio, format_seconds
 
 TITLES = {
     "loss.png": "losses against rounds",
     "bytes.png": "evaluation loss against bytes moved",
+    "time.png": "what the evaluation says against simulated time",
     "classes.png": "bytes and losses of the capacity classes",
     "coverage.png": "how often each rank component was trained",
 }
@@ -16,6 +17,7 @@ def caption(run: Run, name: str) -> str:
     writers = {
         "loss.png": _loss_caption,
         "bytes.png": _bytes_caption,
+        "time.png": _time_caption,
         "classes.png": _classes_caption,
         "coverage.png": _coverage_caption,
     }
@@ -46,6 +48,22 @@ def _bytes_caption(run: Run) -> str:
     return (
         f"{text}, {share:.1%} of what FedAvg-LoRA at full rank would have moved in the same rounds "
         "(dotted)."
+    )
+
+
+def _time_caption(run: Run) -> str:
+    seconds = run.rounds[-1]["sim_seconds_total"]
+    slowest = [
+        max(record["clients"], key=lambda client: client["sim_seconds"])
+        for record in run.rounds
+        if record["clients"]
+    ]
+    of = [client["device"] for client in slowest]
+    often = max(sorted(set(of)), key=of.count)
+    return (
+        f"The rounds take {format_seconds(seconds)} on the clients' devices, simulated from "
+        f"counted operations and bytes; the slowest client asked was on {often} in "
+        f"{of.count(often)} of {len(of)} rounds."
     )
 
 

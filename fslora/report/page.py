@@ -34,6 +34,11 @@ def render_page(run: Run, pictures: dict[str, bytes]) -> str:
         _reload(run),
         _settings(run),
     ]
+    return document(title, sections)
+
+
+def document(title: str, sections: list[str]) -> str:
+    """A whole page of a title and sections, all of them escaped already; empty ones are left out."""
     body = "\n".join(section for section in sections if section)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -60,8 +65,14 @@ def _setting(run: Run, key: str) -> str:
     if value is None:
         return "unknown" if key not in run.config else "none"
     if isinstance(value, list):
-        return ", ".join(str(item) for item in value)
+        return ", ".join(_plain(item) for item in value)
     return str(value)
+
+
+def _plain(item: object) -> str:
+    if isinstance(item, dict):
+        return "(" + ", ".join(f"{key} {value}" for key, value in item.items()) + ")"
+    return str(item)
 
 
 def _sentence(run: Run) -> str:
@@ -130,17 +141,21 @@ def _class_table(run: Run) -> str:
     # An interrupted run knows nothing in some columns.
     known = [at for at in range(len(heads)) if any(row[at] != ABSENT for row in rows)]
     heads, rows = [heads[at] for at in known], [[row[at] for at in known] for row in rows]
-    return "<h2>Capacity classes</h2>\n" + _table(heads, rows, "classes")
+    return "<h2>Capacity classes</h2>\n" + table(heads, rows, "classes")
 
 
 def _pictures(run: Run, pictures: dict[str, bytes]) -> str:
-    figures = [
+    return figures([(png, TITLES[name], caption(run, name)) for name, png in pictures.items()])
+
+
+def figures(pictures: list[tuple[bytes, str, str]]) -> str:
+    """Pictures, each given as PNG, the text in its place, and its caption; embedded."""
+    drawn = [
         f'<figure><img src="data:image/png;base64,{base64.b64encode(png).decode()}" '
-        f'alt="{escape(TITLES[name])}"><figcaption>{escape(caption(run, name))}</figcaption>'
-        "</figure>"
-        for name, png in pictures.items()
+        f'alt="{escape(title)}"><figcaption>{escape(text)}</figcaption></figure>'
+        for png, title, text in pictures
     ]
-    return '<div class="pictures">\n' + "\n".join(figures) + "\n</div>" if figures else ""
+    return '<div class="pictures">\n' + "\n".join(drawn) + "\n</div>" if drawn else ""
 
 
 def _rejected(run: Run) -> str:
@@ -153,7 +168,7 @@ def _rejected(run: Run) -> str:
     few = " open" if len(rows) <= 5 else ""
     return (
         f"<details{few}><summary>Rejected updates: {len(rows)}</summary>\n"
-        + _table(["round", "client", "sketch ratio", "reason"], rows, "rejected")
+        + table(["round", "client", "sketch ratio", "reason"], rows, "rejected")
         + "\n</details>"
     )
 
@@ -179,12 +194,12 @@ def _settings(run: Run) -> str:
             **run.summary["versions"],
         }
         rows += [[key, str(value)] for key, value in facts.items()]
-    table = _table(["setting", "value"], rows, "settings")
-    return f"<details><summary>Settings and versions</summary>\n{table}\n</details>"
+    found = table(["setting", "value"], rows, "settings")
+    return f"<details><summary>Settings and versions</summary>\n{found}\n</details>"
 
 
-def _table(heads: list[str], rows: list[list[str]], name: str) -> str:
-    """A table; each cell repeats its head, which a phone shows instead of the head row."""
+def table(heads: list[str], rows: list[list[str]], name: str) -> str:
+    """A table of a style's class; each cell repeats its head, which a phone shows instead of the head row."""
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
     lines = [
         "<tr>"

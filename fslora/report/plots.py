@@ -5,10 +5,12 @@ one thing in all pictures.
 """
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fslora.report.records import Run, is_number
-from fslora.report.units import byte_unit, format_bytes, format_ratio
+from fslora.report.units import byte_unit, format_bytes, format_ratio, format_seconds, time_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,8 +47,26 @@ def draw_all(run: Run) -> dict[str, bytes]:
     """Draw what the run has figures for.
 
     Returns:
-        PNG files by name, in the order of the page: `loss.png`, `bytes.png`, `classes.png`,
-        `coverage.png`; one for which nothing was recorded is absent.
+        PNG files by name, in the order of the page: `loss.png`, `bytes.png`, `time.png`,
+        `classes.png`, `coverage.png`; one for which nothing was recorded is absent.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    with house_style():
+        figures = {
+            "loss.png": draw_loss(run),
+            "bytes.png": draw_bytes(run),
+            "time.png": draw_time(run),
+            "classes.png": draw_classes(run),
+            "coverage.png": draw_coverage(run),
+        }
+        return {name: png_of(figure) for name, figure in figures.items() if figure is not None}
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Draw in the style of all our pictures.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -61,13 +81,7 @@ def draw_all(run: Run) -> dict[str, bytes]:
         # The user's own matplotlibrc (TeX, dark styles) must not break the pictures.
         mpl.rcdefaults()
         mpl.rcParams.update(STYLE)
-        figures = {
-            "loss.png": draw_loss(run),
-            "bytes.png": draw_bytes(run),
-            "classes.png": draw_classes(run),
-            "coverage.png": draw_coverage(run),
-        }
-        return {name: _png(figure) for name, figure in figures.items() if figure is not None}
+        yield
 
 
 def draw_loss(run: Run) -> "Figure | None":
@@ -82,7 +96,7 @@ def draw_loss(run: Run) -> "Figure | None":
     if not lines:
         return None
     metric_rounds, metric = run.series("eval_metric")
-    figure = _figure(5.2 if metric else 3.4)
+    figure = empty_figure(5.2 if metric else 3.4)
     panels = figure.subplots(2 if metric else 1, squeeze=False, sharex=True)[:, 0]
     for key, _, colour, dash in lines:
         _line(panels[0], *losses[key], colour, dash)
@@ -95,7 +109,7 @@ def draw_loss(run: Run) -> "Figure | None":
         _label_ends(panels[1], [(metric[-1], f"{name},\nfull rank", FULL_RANK)])
     panels[-1].set_xlabel("round")
     panels[-1].set_xlim(0, max(run.rounds_done, 1))
-    panels[-1].xaxis.set_major_locator(_whole_numbers())
+    panels[-1].xaxis.set_major_locator(whole_numbers())
     return figure
 
 
@@ -111,7 +125,7 @@ def draw_bytes(run: Run) -> "Figure | None":
         return None
     most = max(run.full_rank_bytes or 0, moved)
     size, unit = byte_unit(most)
-    figure = _figure(3.4)
+    figure = empty_figure(3.4)
     axes = figure.subplots()
     _line(axes, [at / size for at, _ in points], [loss for _, loss in points], FULL_RANK, "-")
     axes.set_xlabel(f"moved so far, up and down, all clients ({unit})")
@@ -122,6 +136,29 @@ def draw_bytes(run: Run) -> "Figure | None":
         full_rank = f"┆ FedAvg-LoRA at full rank {format_bytes(run.full_rank_bytes)}"
         axes.set_title(full_rank, loc="right")
     axes.set_xlim(0, most / size * 1.06)
+    return figure
+
+
+def draw_time(run: Run) -> "Figure | None":
+    """The whole adapter's metric, or its loss where there is none, against simulated seconds."""
+    figure_name = run.judged_by
+    points = [
+        (record["sim_seconds_total"], record[figure_name])
+        for record in run.rounds
+        if is_number(record.get("sim_seconds_total")) and is_number(record[figure_name])
+    ]
+    if not points or points[-1][0] == 0:
+        return None
+    size, unit = time_unit(points[-1][0])
+    metric = figure_name == "eval_metric"
+    name = str(run.config.get("metric") or "metric") if metric else "evaluation loss"
+    figure = empty_figure(3.4)
+    axes = figure.subplots()
+    _line(axes, [at / size for at, _ in points], [value for _, value in points], FULL_RANK, "-")
+    axes.set_xlabel(f"simulated time on the clients' devices ({unit})")
+    axes.set_ylabel(f"{name}, full rank" + ("" if metric else " (nats)"))
+    axes.set_title(f"{points[-1][1]:.3f} after {format_seconds(points[-1][0])}", color=FULL_RANK)
+    axes.set_xlim(0, points[-1][0] / size * 1.06)
     return figure
 
 
@@ -136,7 +173,7 @@ def draw_classes(run: Run) -> "Figure | None":
         if is_number(record.get("loss_before")) and is_number(record.get("loss_after"))
     ]
     heights = [1.1 + 0.62 * len(classes)] + ([0.9 + 0.42 * len(losses)] if losses else [])
-    figure = _figure(sum(heights))
+    figure = empty_figure(sum(heights))
     panels = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
     _class_bytes(panels[0], run, classes)
     if losses:
@@ -153,7 +190,7 @@ def draw_coverage(run: Run) -> "Figure | None":
 
     percent = PercentFormatter(1, decimals=0)
     shares_RT = list(zip(*(record["coverage"] for record in records), strict=True))
-    figure = _figure(3.4)
+    figure = empty_figure(3.4)
     axes = figure.subplots()
     if len(records) == 1:
         axes.bar(range(len(shares_RT)), records[0]["coverage"], color=FULL_RANK)
@@ -161,7 +198,7 @@ def draw_coverage(run: Run) -> "Figure | None":
         axes.yaxis.set_major_formatter(percent)
         axes.set_ylabel("clients' modules that trained it")
         axes.set_xlabel("rank component")
-        axes.xaxis.set_major_locator(_whole_numbers())
+        axes.xaxis.set_major_locator(whole_numbers())
         return figure
     image = axes.imshow(
         shares_RT,
@@ -175,7 +212,7 @@ def draw_coverage(run: Run) -> "Figure | None":
     axes.set_xlabel("round")
     axes.set_ylabel("rank component")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(_whole_numbers())
+        axis.set_major_locator(whole_numbers())
     bar = figure.colorbar(image, ax=axes, format=percent)
     bar.set_label("clients' modules that trained it")
     bar.outline.set_visible(False)
@@ -280,20 +317,22 @@ def _label_ends(axes: "Axes", labels: list[tuple[float, str, str]]) -> None:
         )
 
 
-def _whole_numbers() -> "Locator":
+def whole_numbers() -> "Locator":
+    """Ticks at whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
 
 
-def _figure(height: float) -> "Figure":
+def empty_figure(height: float) -> "Figure":
     """An empty figure of the common width; `height` in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(WIDTH, height))
 
 
-def _png(figure: "Figure") -> bytes:
+def png_of(figure: "Figure") -> bytes:
+    """A figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

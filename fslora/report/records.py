@@ -31,6 +31,11 @@ class Run:
         return int(self.rounds[-1]["round"])
 
     @property
+    def judged_by(self) -> str:
+        """The recorded figure that says how good the adapter is: the metric where there is one."""
+        return "eval_metric" if self.series("eval_metric")[0] else "eval_loss"
+
+    @property
     def bytes_moved(self) -> int:
         """Bytes that all rounds moved, both directions together."""
         if self.summary is not None:
@@ -113,9 +118,9 @@ def read_run(folder: Path) -> Run:
             round.
     """
     rounds, notes = _read_rounds(folder / "rounds.jsonl")
-    config = _read_object(folder / "config.json")
+    config = read_object(folder / "config.json")
     summary_path = folder / "summary.json"
-    summary = _read_object(summary_path) if summary_path.exists() else None
+    summary = read_object(summary_path) if summary_path.exists() else None
     if summary is None:
         notes.append(
             f"This run has not come to its end: {rounds[-1]['round']} of "
@@ -125,7 +130,13 @@ def read_run(folder: Path) -> Run:
     return Run(config, rounds, summary, notes)
 
 
-def _read_object(path: Path) -> Record:
+def read_object(path: Path) -> Record:
+    """Read a JSON object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
     try:
         content = json.loads(_read_text(path))
     except ValueError as error:

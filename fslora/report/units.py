@@ -20,6 +20,14 @@ def format_bytes(n: float) -> str:
     return f"{n:.0f} B" if size == 1 else f"{n / size:.1f} {name}"
 
 
+def time_unit(seconds: float) -> tuple[float, str]:
+    """The unit to plot times up to `seconds` in, as (seconds per unit, name)."""
+    for size, name in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if seconds >= 2 * size:
+            return size, name
+    return 1.0, "seconds"
+
+
 def format_seconds(seconds: float) -> str:
     """Seconds as "4.2 s", "3 min 20 s" or "2 h 5 min"."""
     if seconds < 59.95:

@@ -17,8 +17,10 @@ Source: arXiv 2501.19389, Algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
-from fslora.aggregation import ServerOptimizer, averaged, gather
+from fslora.aggregation import ServerOptimizer, averaged
+from fslora.assignment import client_key, client_task, common_rank
 from fslora.protocol import (
     Adapters,
     ClientTask,
@@ -30,7 +32,6 @@ from fslora.protocol import (
 )
 from fslora.sketch import draw_sketches
 from fslora_kernels.sampling import sketch_size
-from fslora_kernels.seeds import fold_in
 
 
 def fslora(
@@ -61,25 +62,14 @@ def fslora(
         return ServerState(round=0, adapters=adapters, extras=extras, key=seed)
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
-        number, modules = state.round + 1, list(state.adapters)
-        rank = state.adapters[modules[0]].rank
+        rank = common_rank(state.adapters)
         tasks = []
         for client_id in cohort:
-            key = fold_in(state.key, number, client_id)
             size = sketch_size(rank, ratios[client_id])
-            sketches = draw_sketches(key, modules, rank, size)
-            tasks.append(
-                ClientTask(
-                    round=number,
-                    client_id=client_id,
-                    adapters=gather(state.adapters, sketches),
-                    extras={name: tensor.clone() for name, tensor in state.extras.items()},
-                    sketches=sketches,
-                    local=local,
-                    key=fold_in(key, "local"),
-                    nonce=fold_in(key, "nonce"),
-                )
-            )
+            key = client_key(state, client_id)
+            sketches = draw_sketches(key, list(state.adapters), rank, size)
+            task = client_task(state, client_id, sketches, local)
+            tasks.append(replace(task, scale=rank / size))
         return tasks
 
     def aggregate(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from fslora.aggregation import ServerOptimizer, averaged
+from fslora.assignment import client_task
 from fslora.protocol import (
     Adapters,
     ClientTask,
@@ -20,7 +21,6 @@ from fslora.protocol import (
     ServerState,
     Strategy,
 )
-from fslora_kernels.seeds import fold_in
 
 
 def head_only(
@@ -42,21 +42,7 @@ def head_only(
         return ServerState(round=0, adapters=adapters, extras=extras, key=seed)
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
-        number = state.round + 1
-        keys = {client_id: fold_in(state.key, number, client_id) for client_id in cohort}
-        return [
-            ClientTask(
-                round=number,
-                client_id=client_id,
-                adapters={},
-                extras={name: tensor.clone() for name, tensor in state.extras.items()},
-                sketches={},
-                local=local,
-                key=fold_in(key, "local"),
-                nonce=fold_in(key, "nonce"),
-            )
-            for client_id, key in keys.items()
-        ]
+        return [client_task(state, client_id, {}, local) for client_id in cohort]
 
     def aggregate(
         state: ServerState, tasks: Sequence[ClientTask], updates: Iterable[ClientUpdate]

@@ -1,10 +1,13 @@
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fslora import checkpoint
 from fslora.protocol import LoRAWeights, ServerState
+
+from .worlds import assert_same_bits
 
 
 def state(number=3):
@@ -37,6 +40,15 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
     checkpoint.save_state(tmp_path, state())
     assert equal(checkpoint.load_state(tmp_path), state())
     assert os.listdir(tmp_path / "checkpoint") == ["state.safetensors"], "nothing partial is left"
+
+
+def test_residuals_and_what_is_known_of_clients_come_back(tmp_path):
+    """Client ids may hold any character, the separator of the file's entries too."""
+    pair = LoRAWeights(torch.ones(3, 5), torch.ones(3, 6))
+    clients = {"a/b": {"rank": torch.tensor(3)}, "c d": {"model.q.lora_a": torch.ones(2, 5)}}
+    given = replace(state(), base_residual={"model.q": pair}, client_state=clients)
+    checkpoint.save_state(tmp_path, given)
+    assert_same_bits(checkpoint.load_state(tmp_path), given)
 
 
 def test_a_failed_write_leaves_the_last_state_intact(tmp_path, monkeypatch):

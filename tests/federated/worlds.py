@@ -9,7 +9,7 @@ from fslora.client import LocalTrainer
 from fslora.data.causal_lm import CausalLM
 from fslora.data.tasks import Examples
 from fslora.models import take_state
-from fslora.protocol import LocalRule
+from fslora.protocol import LocalRule, LoRAWeights
 from fslora.strategies.fslora import fslora
 
 CLIENTS = ["one", "two", "three", "four"]
@@ -38,12 +38,41 @@ def examples(client, count=6, length=12):
     return Examples({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
 
 
-def world(folder, ratios, local=None, **options):
-    """(fused model, strategy, first state, client function)."""
+def world(folder, ratios, local=None, factory=fslora, *, head=False, **options):
+    """(fused model, strategy, first state, client function); the head is the last norm's weight."""
     model = peft_model(folder)
+    model.base_model.model.model.norm.weight.requires_grad_(head)
     fslora_kernels.fuse(model)
     local = local or LocalRule(optimizer="sgd", lr=0.05, steps=2, batch_size=3)
-    strategy = fslora(dict(zip(CLIENTS, ratios, strict=True)), local, **options)
+    strategy = factory(dict(zip(CLIENTS, ratios, strict=True)), local, **options)
     state = strategy.init(*take_state(model), 11)
     client = LocalTrainer(model, CausalLM(max_length=12), {c: examples(c) for c in CLIENTS})
     return model, strategy, state, client
+
+
+def tensors_of(state):
+    """Every tensor of a state, by a name of its own."""
+    found = {f"extra {n}": t for n, t in state.extras.items()}
+    found |= {f"optimizer {n}": t for n, t in state.optimizer.items()}
+    for kind, adapters in (("adapter", state.adapters), ("residual", state.base_residual)):
+        found |= {f"{kind} {n} {f}": t for n, p in adapters.items() for f, t in p._asdict().items()}
+    for client_id, memory in state.client_state.items():
+        found |= {f"client {client_id} {n}": t for n, t in memory.items()}
+    return found
+
+
+def assert_same_bits(one, other):
+    one, other = tensors_of(one), tensors_of(other)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def pair(rank, inputs, outputs, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return LoRAWeights(
+        *(torch.randn(rank, n, generator=generator, dtype=torch.float64) for n in (inputs, outputs))
+    )
+
+
+def dense(lora):
+    return lora.lora_b.t() @ lora.lora_a

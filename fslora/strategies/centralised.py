@@ -1,0 +1,53 @@
+"""One client that has all the data, at full rank: what federation costs is what it falls short.
+
+In each round it takes H optimizer steps for every client that a federated round would have, so
+that the same number of examples is seen; like a client it begins each round with a new optimizer.
+
+Bytes: none; the data would have to travel, which is what federated learning is there to avoid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from fslora.aggregation import ServerOptimizer, averaged
+from fslora.assignment import client_task, common_rank, first_ranks
+from fslora.protocol import (
+    POOLED,
+    Adapters,
+    ClientTask,
+    ClientUpdate,
+    Extras,
+    LocalRule,
+    ServerState,
+    Strategy,
+)
+
+
+def centralised(
+    _ratios: Mapping[str, float],
+    local: LocalRule,
+    *,
+    server_optimizer: ServerOptimizer = "fedavg",
+    server_lr: float = 1.0,
+) -> Strategy:
+    """Build the strategy; the arguments are those of ``fslora``, and no ratio matters."""
+
+    def init(adapters: Adapters, extras: Extras, seed: int) -> ServerState:
+        return ServerState(round=0, adapters=adapters, extras=extras, key=seed)
+
+    def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
+        if not cohort:
+            return []
+        rank = common_rank(state.adapters)
+        rule = replace(local, steps=local.steps * len(cohort))
+        task = client_task(state, POOLED, first_ranks(list(state.adapters), rank, rank), rule)
+        return [replace(task, private=True)]
+
+    def aggregate(
+        state: ServerState, tasks: Sequence[ClientTask], updates: Iterable[ClientUpdate]
+    ) -> ServerState:
+        return averaged(state, tasks, updates, server_optimizer, server_lr)
+
+    return Strategy(init, assign, aggregate)
