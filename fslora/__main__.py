@@ -17,6 +17,7 @@ Federated Sketching LoRA: one high-rank adapter, trained by devices of unequal s
 
 commands:
   simulate   fine-tune a model with simulated clients of unequal strength
+  compare    several strategies and seeds side by side, on identical splits and budgets
   doctor     say which kernels can run on this machine, and why not
   tune       measure the best tiles for this machine's GPU and keep them
   bench      time layers, kernels, models and rounds; needs the repository
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     commands: dict[str, Callable[[Sequence[str]], None]] = {
         "simulate": _simulate,
+        "compare": _compare,
         "doctor": _doctor,
         "tune": _tune,
         "bench": _bench,
@@ -49,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         commands[given[0]](given[1:])
     except KeyboardInterrupt:
-        sys.stderr.write("\nfslora: stopped; go on with the same command and --resume\n")
+        flag = " and --resume" if given[0] == "simulate" else ""
+        sys.stderr.write(f"\nfslora: stopped; go on with the same command{flag}\n")
         return 130
     except (ValueError, FileNotFoundError, NotImplementedError, RuntimeError) as error:
         if not _is_for_the_user(error):
@@ -100,6 +103,58 @@ def _simulate(arguments: Sequence[str]) -> None:
         "takes them from a file (names as the flags below); flags override both.",
     )
     _run(config)
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from fslora.compare.settings import DEFAULT_OUT, CompareConfig, read_comparison
+    from fslora.presets import PRESETS
+
+    files = argparse.ArgumentParser(prog="fslora compare", add_help=False)
+    files.add_argument("--preset", choices=sorted(PRESETS))
+    files.add_argument("--config", type=Path)
+    files.add_argument("--join")
+    chosen, flags = files.parse_known_args(arguments)
+    if chosen.join:
+        _join(chosen.join.split(","), flags)
+        return
+    default = PRESETS[chosen.preset]() if chosen.preset else None
+    config = tyro.cli(
+        tyro.conf.OmitArgPrefixes[CompareConfig],
+        args=[*([] if chosen.config else [f"--out={DEFAULT_OUT}"]), *flags],
+        default=read_comparison(default, chosen.config) or tyro.MISSING,
+        prog="fslora compare",
+        description=f"{cleandoc(CompareConfig.__doc__ or '').split('Attributes:')[0].strip()}\n\n"
+        f"--preset {{{','.join(sorted(PRESETS))}}} takes ready-made settings, --config FILE.toml "
+        "takes them from a file (names as the flags below; strategies, seeds and what else only "
+        "this command knows under [compare]); flags override both.\n\n"
+        "fslora compare --join FOLDER,FOLDER… --out FOLDER puts finished comparisons of several "
+        "data sets into one table and one page.",
+    )
+    from rich.console import Console
+
+    from fslora.compare.command import compare
+
+    compare(config, Console())
+    _report_comparison(Path(config.run.out))
+
+
+def _join(folders: Sequence[str], flags: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="fslora compare --join FOLDER,FOLDER…")
+    parser.add_argument("--out", type=Path, required=True)
+    out: Path = parser.parse_args(flags).out
+    from fslora.compare.command import join
+
+    join([Path(folder) for folder in folders], out)
+    _report_comparison(out)
+
+
+def _report_comparison(folder: Path) -> None:
+    from fslora.report.comparison import write_comparison
+
+    report = write_comparison(folder)
+    sys.stdout.write(f"tables: {report.with_name('compare.md')}\nreport: {report}\n")
 
 
 def _saved_settings(flags: Sequence[str]) -> Path | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fslora.lowrank import stack
+from fslora.options import Averaging
 from fslora.protocol import (
     Adapters,
     ClientTask,
@@ -18,9 +19,9 @@ from fslora.protocol import (
     LoRAWeights,
     ServerState,
 )
+from fslora.yogi import Yogi
 
-ServerOptimizer = Literal["fedavg", "fedadam"]
-Divisor = Literal["participants", "count"]
+ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedadamw", "fedyogi"]
 Tensors = dict[str, Tensor]
 
 
@@ -53,7 +54,7 @@ def mean_update(
     extras: Extras,
     tasks: Sequence[ClientTask],
     updates: Iterable[ClientUpdate],
-    divide_by: Divisor = "participants",
+    divide_by: Averaging = "participants",
 ) -> tuple[Adapters, Extras]:
     """Scatter each compact change into its ranks, sum, and divide.
 
@@ -62,8 +63,10 @@ def mean_update(
         extras: the heads, for their shapes.
         tasks: the round's tasks; their sketches say where each row belongs.
         updates: accepted updates in task order, folded one at a time.
-        divide_by: "participants", or "count": each rank by how many of them trained it. Heads,
-            which all train, are divided by the participants.
+        divide_by: "participants"; "count": each rank by how many of them trained it; "inverse":
+            by the participants, after each change was divided by the probability with which its
+            rank was drawn (S/R where all are alike). Heads, which all train, are divided by the
+            participants.
 
     Returns:
         The mean change of the factors (zero in ranks that nobody trained) and of the heads.
@@ -78,13 +81,17 @@ def mean_update(
     for update in updates:
         participants += 1
         for name, delta in update.delta.items():
-            index = sketches[update.client_id][name].index
+            sketch = sketches[update.client_id][name]
+            index = sketch.index
             counts[name][slice(None) if index is None else index] += 1
             for rows, change in zip(total[name], delta, strict=True):
                 if not change.shape[0]:  # a factor that is not trained
                     continue
                 if index is None:
                     rows.add_(change)
+                elif divide_by == "inverse":
+                    weighted = change * sketch.inverse_probability
+                    rows.index_add_(0, index, weighted.to(change.dtype))
                 else:
                     rows.index_add_(0, index, change)
         for name, change in update.extras.items():
@@ -151,38 +158,36 @@ def server_step(
     change: tuple[Adapters, Extras],
     memory: Tensors,
 ) -> tuple[Adapters, Extras, Tensors]:
-    """Apply the mean change: FedAvg adds lr times it, FedAdam uses it as Adam's negative gradient.
+    """Use the mean change as an optimizer's negative gradient; FedAvg adds lr times it.
 
     Args:
-        optimizer: "fedavg" or "fedadam".
+        optimizer: "fedavg" (SGD), "fedavgm" (momentum 0.9), "fedadam", "fedadamw" (weight decay
+            0.01) or "fedyogi".
         lr: the server's learning rate; 1 with "fedavg" is plain averaging.
         adapters: global factors.
         extras: heads.
         change: mean change of both.
-        memory: Adam's moments and step counts from the round before; empty at first.
+        memory: the optimizer's tensors from the round before; empty at first.
 
     Returns:
         New factors, heads and memory; the arguments are not changed.
 
-    Source: arXiv 2003.00295 (FedOpt), with torch's Adam: bias-corrected, eps 1e-8.
+    Source: arXiv 2003.00295 (FedOpt), with torch's Adam: bias-corrected, eps 1e-8; arXiv
+        1909.06335 (FedAvgM).
     """
     parameters = {name: t.clone() for name, t in _flat(adapters, extras).items()}
     for name, tensor in _flat(*change).items():
         parameters[name].grad = -tensor
-    if optimizer == "fedavg":
-        torch.optim.SGD(parameters.values(), lr=lr).step()
-        new_memory: Tensors = {}
-    else:
-        adam = torch.optim.Adam(parameters.values(), lr=lr)
-        for entry, tensor in memory.items():
-            name, slot = entry.rsplit("/", 1)
-            adam.state[parameters[name]][slot] = tensor.clone()
-        adam.step()
-        new_memory = {
-            f"{name}/{slot}": value
-            for name, parameter in parameters.items()
-            for slot, value in adam.state[parameter].items()
-        }
+    server = _server_optimizer(optimizer, list(parameters.values()), lr)
+    for entry, tensor in memory.items():
+        name, slot = entry.rsplit("/", 1)
+        server.state[parameters[name]][slot] = tensor.clone()
+    server.step()
+    new_memory: Tensors = {
+        f"{name}/{slot}": value
+        for name, parameter in parameters.items()
+        for slot, value in server.state[parameter].items()
+    }
     new_adapters = {
         name: LoRAWeights(parameters[f"{name}.lora_a"].detach(), parameters[f"{name}.lora_b"])
         for name in adapters
@@ -192,13 +197,25 @@ def server_step(
     return new_adapters, {name: parameters[name] for name in extras}, new_memory
 
 
+def _server_optimizer(
+    optimizer: ServerOptimizer, parameters: list[Tensor], lr: float
+) -> torch.optim.Optimizer:
+    if optimizer == "fedadam":
+        return torch.optim.Adam(parameters, lr=lr)
+    if optimizer == "fedadamw":
+        return torch.optim.AdamW(parameters, lr=lr)
+    if optimizer == "fedyogi":
+        return Yogi(parameters, lr=lr)
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9 if optimizer == "fedavgm" else 0.0)
+
+
 def averaged(
     state: ServerState,
     tasks: Sequence[ClientTask],
     updates: Iterable[ClientUpdate],
     optimizer: ServerOptimizer,
     lr: float,
-    divide_by: Divisor = "participants",
+    divide_by: Averaging = "participants",
 ) -> ServerState:
     """Return the state after one server step on the mean of the updates."""
     change = mean_update(state.adapters, state.extras, tasks, updates, divide_by)

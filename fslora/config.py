@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fslora.devices import Fleet, read_fleet
+from fslora.options import Averaging, Forward, Sampler, check_options
 
 _LISTS = ("ratios", "target_modules", "text_column", "prompt_columns", "targets")
 # What may differ between a run and its continuation without changing a bit of what is learnt.
@@ -24,6 +25,7 @@ _LOWEST = {
     "max_length": 2,
     "over_select": 1,
 }
+_FSLORA_OPTIONS = {"forward": "sketched", "averaging": "participants", "sampler": "uniform"}
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
 
 
@@ -76,6 +78,14 @@ class SimulateConfig:
             fedit-min or fedit-max, all at the lowest or highest ratio; or as references zero-shot
             (nobody trains), head-only (classification; no adapter travels), centralised (one
             client with all the data) or local-only (nothing is averaged).
+        forward: of fslora: sketched (a client computes with its sketch alone, scaled by R/S) or
+            full (with the whole adapter, of which its sketch trains; it downloads all R ranks).
+        averaging: of fslora: by participants, by the count of those who trained a rank, or by the
+            inverse probability of its being drawn, R/S (needs --forward full).
+        sampler: of fslora, how the sketches of a round go together: uniform (independent),
+            balanced (all ranks equally often), nested (smaller in larger), class-shared (one
+            sketch for each ratio) or importance (large ranks more often; needs --forward full
+            --averaging inverse).
         rounds: how many rounds.
         local_steps: H, optimizer steps of a client in a round.
         batch_size: examples in a batch.
@@ -86,7 +96,7 @@ class SimulateConfig:
         momentum: of sgd.
         weight_decay: of the clients' optimizer.
         clip_norm: clip the clients' gradient norm to this; 0 does not clip.
-        server_opt: fedavg (plain averaging) or fedadam.
+        server_opt: fedavg (plain averaging), fedavgm, fedadam, fedadamw or fedyogi.
         server_lr: the server's learning rate; 1 is plain averaging with fedavg.
         seed: of everything random.
         device: cpu, cuda, cuda:0 …, or auto.
@@ -148,6 +158,9 @@ class SimulateConfig:
         "centralised",
         "local-only",
     ] = "fslora"
+    forward: Forward = "sketched"
+    averaging: Averaging = "participants"
+    sampler: Sampler = "uniform"
     rounds: int = 10
     local_steps: int = 10
     batch_size: int = 8
@@ -158,7 +171,7 @@ class SimulateConfig:
     momentum: float = 0.0
     weight_decay: float = 0.0
     clip_norm: float = 0.0
-    server_opt: Literal["fedavg", "fedadam"] = "fedavg"
+    server_opt: Literal["fedavg", "fedavgm", "fedadam", "fedadamw", "fedyogi"] = "fedavg"
     server_lr: float = 1.0
     seed: int = 0
     device: str = "auto"
@@ -198,7 +211,18 @@ class SimulateConfig:
         for ratio in self.ratio_values:
             if not 0 < ratio <= 1:
                 raise ValueError(f"--ratios must be in (0, 1], got {ratio:g}")
+        self._check_options()
         self._check_clock()
+
+    def _check_options(self) -> None:
+        for name, paper in _FSLORA_OPTIONS.items():
+            value = getattr(self, name)
+            if self.strategy != "fslora" and value != paper:
+                raise ValueError(
+                    f"{_flag(name)} {value} is an option of fslora, and --strategy is "
+                    f"{self.strategy}; leave it out"
+                )
+        check_options(self.forward, self.averaging, self.sampler)
 
     def _check_clock(self) -> None:
         if not self.devices and (self.deadline or self.over_select != 1):
@@ -224,6 +248,13 @@ class SimulateConfig:
     def fleet(self) -> Fleet | None:
         """The devices, None where there is no clock."""
         return read_fleet(self.devices) if self.devices else None
+
+    @property
+    def strategy_options(self) -> dict[str, Any]:
+        """What the strategy takes beside what all take."""
+        if self.strategy != "fslora":
+            return {}
+        return {n: getattr(self, n) for n in (*_FSLORA_OPTIONS, "per_round")}
 
     @property
     def cohort_size(self) -> int:

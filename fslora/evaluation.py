@@ -9,6 +9,7 @@ from peft import PeftModel
 
 import fslora_kernels
 from fslora.data.tasks import Evaluation, Examples, Task
+from fslora.lowrank import participation_rank, stack
 from fslora.models import put_state
 from fslora.protocol import ServerState
 from fslora.residual import applied
@@ -50,6 +51,19 @@ def evaluate_mean(
         metric=sum(metrics) / len(metrics) if metrics else None,
         count=found[0].count,
     )
+
+
+def effective_rank(states: Sequence[ServerState]) -> float:
+    """Return the participation rank of BA (with what is beside it), mean over modules and states.
+
+    FSLoRA's objective punishes ranks that are not redundant, and so lowers it.
+    """
+    found = []
+    for state in states:
+        for name, pair in state.adapters.items():
+            beside = state.base_residual.get(name)
+            found.append(participation_rank(pair if beside is None else stack([pair, beside])))
+    return sum(found) / len(found)
 
 
 def evaluate_sketched(

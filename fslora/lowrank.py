@@ -67,6 +67,17 @@ def norm(pair: LoRAWeights) -> float:
     return float(((a @ a.t()) * (b @ b.t())).sum().clamp(min=0).sqrt())
 
 
+def participation_rank(pair: LoRAWeights) -> float:
+    """Return (Σ σ²)² / Σ σ⁴ of BA's singular values: n for n equal ones, 0 for BA = 0.
+
+    σ² are the eigenvalues of (A Aᵀ)(B Bᵀ) of the stored factors, K x K, so that traces suffice.
+    """
+    a, b = (t.double() for t in pair)
+    core = (a @ a.t()) @ (b @ b.t())
+    fourth = float((core * core.t()).sum())
+    return float(core.trace()) ** 2 / fourth if fourth > 0 else 0.0
+
+
 def tail_norm(adapters: Mapping[str, LoRAWeights], first: int) -> Tensor:
     """Return Σ over modules of ‖B[:, first:]‖ ‖A[first:]‖ (Frobenius), a scalar."""
     norms = [

@@ -42,10 +42,12 @@ class Sketch:
     Attributes:
         index: int64 ``[S]``, ascending; None means every rank.
         rank: R, the rank of the global adapter.
+        probability: float64 ``[S]``, with which each rank of the index was drawn; None is S/R.
     """
 
     index: Tensor | None
     rank: int
+    probability: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse an index set that does not fit the rank."""
@@ -61,6 +63,11 @@ class Sketch:
     def correction(self) -> float:
         """R / S, which makes the sketched adapter right on average."""
         return self.rank / self.size
+
+    @property
+    def inverse_probability(self) -> float | Tensor:
+        """1/π of each rank of the index, ``[S, 1]``, or one number for all."""
+        return self.correction if self.probability is None else 1 / self.probability[:, None]
 
 
 @dataclass(frozen=True, slots=True)

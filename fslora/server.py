@@ -76,6 +76,7 @@ class RoundRecord:
         head_bytes_down: the heads' part of it.
         wall_seconds: of the round, its evaluation not included.
         coverage: for each rank the share of (accepted client, module) pairs that trained it.
+        effective_rank: participation rank of what the base weights gain, mean over modules.
         clients: in task order.
         sim_seconds: of the round on the clients' devices; None without ``--devices``.
         sim_seconds_total: of all rounds so far.
@@ -96,6 +97,7 @@ class RoundRecord:
     eval_loss_by_ratio: dict[str, float] = field(default_factory=dict)
     wall_seconds: float = 0.0
     coverage: list[float] = field(default_factory=list)
+    effective_rank: float | None = None
     clients: list[ClientRecord] = field(default_factory=list)
     sim_seconds: float | None = None
     sim_seconds_total: float | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,8 +136,23 @@ def prepare(config: SimulateConfig) -> Run:
     if config.fleet is not None:
         check_memory(config.fleet, model)
     ratio_of = deal_ratios(config, len(data.names))
-    strategy = STRATEGIES[config.strategy](
-        {data.names[client]: ratio for client, ratio in ratio_of.items()},
+    named = {data.names[client]: ratio for client, ratio in ratio_of.items()}
+    strategy = make_strategy(config, named)
+    return Run(config, Path(config.out), model, data, task, strategy, ratio_of)
+
+
+def make_strategy(config: SimulateConfig, ratio_of: Mapping[str, float]) -> Strategy:
+    """Build the strategy that a config names.
+
+    Args:
+        config: the run.
+        ratio_of: client id to sketch ratio.
+
+    Raises:
+        ValueError: a setting that the strategy does not know.
+    """
+    return STRATEGIES[config.strategy](
+        ratio_of,
         LocalRule(
             optimizer=config.optimizer,
             lr=config.lr,
@@ -150,8 +165,8 @@ def prepare(config: SimulateConfig) -> Run:
         ),
         server_optimizer=config.server_opt,
         server_lr=config.server_lr,
+        **config.strategy_options,
     )
-    return Run(config, Path(config.out), model, data, task, strategy, ratio_of)
 
 
 def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str, Any]:
@@ -292,14 +307,16 @@ def _first_state(run: Run) -> ServerState:
 
 def _evaluated(run: Run, state: ServerState, record: RoundRecord) -> RoundRecord:
     """Add the evaluation to a round's record, in the rounds where it is due."""
+    states = run.strategy.evaluated(state)
+    record = replace(record, effective_rank=round(evaluation.effective_rank(states), 6))
     first_or_last = state.round in (0, run.config.rounds)
     if state.round % run.config.eval_every and not first_or_last:
         return record
     examples, size = run.data.evaluation, run.config.batch_size * 4
-    states = run.strategy.evaluated(state)
     whole = evaluation.evaluate_mean(run.model, states, run.task, examples, size)
     sketched = None
-    if run.config.strategy == "fslora":  # no other strategy's clients minimise this loss
+    # No other strategy's clients minimise this loss.
+    if run.config.strategy == "fslora" and run.config.forward == "sketched":
         sketched = evaluation.evaluate_sketched(
             run.model, state, run.task, examples, size, run.config.ratio_values
         )

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from fslora.protocol import Sketch
-from fslora_kernels.sampling import draw_uniform
+import torch
+
+from fslora.options import Sampler
+from fslora.protocol import Adapters, Sketch
+from fslora_kernels.sampling import (
+    draw_orders,
+    draw_systematic,
+    draw_uniform,
+    inclusion_probabilities,
+)
+from fslora_kernels.seeds import fold_in
 
 
 def draw_sketches(key: int, modules: Sequence[str], rank: int, size: int) -> dict[str, Sketch]:
@@ -29,3 +38,77 @@ def draw_sketches(key: int, modules: Sequence[str], rank: int, size: int) -> dic
         return {module: Sketch(None, rank) for module in modules}
     rows = draw_uniform(key, modules, rank, size)
     return {module: Sketch(row, rank) for module, row in zip(modules, rows, strict=True)}
+
+
+def cohort_sketches(
+    key: int,
+    round_number: int,
+    sizes: Mapping[str, int],
+    adapters: Adapters,
+    sampler: Sampler,
+) -> dict[str, dict[str, Sketch]]:
+    """Draw the sketches of a round's clients.
+
+    With every sampler but "importance" each client's set is uniform over all sets of its size, in
+    each module and independently between modules and rounds, so that E[Ω] = I; they differ in how
+    the sets of one round's clients go together.
+
+    Args:
+        key: of the run.
+        round_number: counted from 1.
+        sizes: client id to S.
+        adapters: the global factors.
+        sampler: "uniform": independent. "nested": the first S of one order that all share.
+            "class-shared": one set for all clients of one S. "balanced": one order laid around a
+            circle, from which the clients, sorted by id, take their S ranks end to end, so that
+            the counts of any two ranks in the round differ by at most one. "importance":
+            independent, each rank j with the probability that ``inclusion_probabilities`` gives
+            to ‖bⱼ‖‖aⱼ‖, which the sketch carries: Ωⱼⱼ = 1/πⱼ has E[Ω] = I.
+
+    Returns:
+        Client id to module name to sketch.
+    """
+    modules, rank = list(adapters), next(iter(adapters.values())).rank
+    together = fold_in(key, "sketches", round_number)
+    if sampler == "balanced":
+        return _end_to_end(draw_orders(together, modules, rank), sizes, modules)
+    sketches = {}
+    for client, size in sizes.items():
+        if sampler in ("uniform", "importance"):
+            own = fold_in(key, round_number, client)
+        else:
+            own = together if sampler == "nested" else fold_in(together, size)
+        if sampler == "importance" and size < rank:
+            sketches[client] = _by_importance(own, adapters, size)
+        else:
+            sketches[client] = draw_sketches(own, modules, rank, size)
+    return sketches
+
+
+def _by_importance(key: int, adapters: Adapters, size: int) -> dict[str, Sketch]:
+    norms = torch.stack(
+        [a.double().norm(dim=1) * b.double().norm(dim=1) for a, b in adapters.values()]
+    )
+    inclusion = inclusion_probabilities(norms, size)
+    rows = draw_systematic(key, list(adapters), inclusion)
+    return {
+        module: Sketch(row, inclusion.shape[1], probability[row])
+        for module, row, probability in zip(adapters, rows, inclusion, strict=True)
+    }
+
+
+def _end_to_end(
+    orders: torch.Tensor, sizes: Mapping[str, int], modules: Sequence[str]
+) -> dict[str, dict[str, Sketch]]:
+    rank, start = orders.shape[1], 0
+    sketches = {}
+    for client in sorted(sizes):
+        places = torch.arange(start, start + sizes[client]) % rank
+        start += sizes[client]
+        rows = orders[:, places].sort(dim=1).values
+        whole = sizes[client] == rank
+        sketches[client] = {
+            module: Sketch(None if whole else row, rank)
+            for module, row in zip(modules, rows, strict=True)
+        }
+    return sketches

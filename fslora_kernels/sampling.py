@@ -44,9 +44,80 @@ def draw_uniform(key: int, modules: Sequence[str], rank: int, size: int) -> Tens
     """
     if not 1 <= size <= rank:
         raise ValueError(f"a sketch has 1 to {rank} ranks, got {size}")
+    return draw_orders(key, modules, rank)[:, :size].sort(dim=1).values
+
+
+def draw_orders(key: int, modules: Sequence[str], rank: int) -> Tensor:
+    """Draw one order of all ranks per module; the first S of it are ``draw_uniform``'s set.
+
+    Args:
+        key: what the draw is for.
+        modules: module names.
+        rank: R.
+
+    Returns:
+        int64 ``[modules, R]``, each row a permutation, uniform over all of them.
+    """
     keys = np.array([fold_in(key, module) for module in modules], dtype=np.uint64)
-    order = np.argsort(splitmix64(keys, rank), axis=1, kind="stable")[:, :size]
-    return torch.from_numpy(np.sort(order, axis=1).astype(np.int64))
+    order = np.argsort(splitmix64(keys, rank), axis=1, kind="stable")
+    return torch.from_numpy(order.astype(np.int64))
+
+
+def inclusion_probabilities(sizes: Tensor, count: int) -> Tensor:
+    """Return with what probability each rank is to be drawn: half by its size, half evenly.
+
+    πⱼ = min(1, c pⱼ), pⱼ = ½ sizeⱼ / Σ size + ½ / R, with c such that Σ π = S. So πⱼ ≥ S / 2R: no
+    rank is left out for good, and no weight 1/πⱼ is above twice R/S.
+
+    Args:
+        sizes: float64 ``[modules, R]``, not negative; a module of zeros is drawn evenly.
+        count: S, less than R.
+
+    Returns:
+        float64 ``[modules, R]``.
+    """
+    rank = sizes.shape[1]
+    total = sizes.sum(dim=1, keepdim=True)
+    shares = 0.5 / rank + 0.5 * torch.where(total > 0, sizes / total, 1 / rank)
+    certain = torch.zeros_like(shares, dtype=torch.bool)
+    while True:
+        rest = shares.masked_fill(certain, 0)
+        left = count - certain.sum(dim=1, keepdim=True)
+        found = rest * left / rest.sum(dim=1, keepdim=True)
+        over = found >= 1 - 1e-9  # so near to 1 that rounding could draw it twice
+        if not bool(over.any()):
+            return torch.where(certain, 1.0, found)
+        certain |= over
+
+
+def draw_systematic(key: int, modules: Sequence[str], inclusion: Tensor) -> Tensor:
+    """Draw one index set per module, of fixed size, each rank with its own probability.
+
+    The ranks that are not certain are laid end to end in a random order, each as long as its
+    probability, and those are drawn that u, u + 1, u + 2, … fall on, u uniform in (0, 1).
+
+    Args:
+        key: what the draw is for.
+        modules: module names.
+        inclusion: float64 ``[modules, R]``, each row with the sum S.
+
+    Returns:
+        int64 ``[modules, S]``, each row ascending.
+
+    Source: Madow, 1949, systematic sampling with unequal probabilities.
+    """
+    drawn = []
+    orders = draw_orders(key, modules, inclusion.shape[1])
+    for module, order, probability in zip(modules, orders, inclusion, strict=True):
+        certain = order[probability[order] == 1]
+        others = order[probability[order] < 1]
+        count = round(float(probability.sum())) - len(certain)
+        ends = probability[others].cumsum(0)[:-1].contiguous()  # the last one's is the sum
+        start = ((fold_in(key, module, "start") >> 11) + 0.5) * 2.0**-52
+        points = torch.arange(count, dtype=torch.float64) + start
+        places = torch.searchsorted(ends, points, right=True)
+        drawn.append(torch.cat([certain, others[places]]).sort().values)
+    return torch.stack(drawn)
 
 
 def draw_indices(key: int, ranks: Mapping[str, int], ratio: float) -> dict[str, Tensor | None]:

@@ -31,13 +31,13 @@ def write_report(run_folder: Path) -> Path:
     run = read_run(run_folder)
     pictures = draw_all(run)
     for name, png in pictures.items():
-        _replace(run_folder / name, png)
+        replace_file(run_folder / name, png)
     report = run_folder / "report.html"
-    _replace(report, render_page(run, pictures).encode())
+    replace_file(report, render_page(run, pictures).encode())
     return report
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: a reader never meets half of it."""
     temporary = path.with_name(f".{path.name}.part")
     try:

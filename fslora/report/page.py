@@ -38,7 +38,7 @@ def render_page(run: Run, pictures: dict[str, bytes]) -> str:
 
 
 def document(title: str, sections: list[str]) -> str:
-    """A whole page of a title and sections, all of them escaped already; empty ones are left out."""
+    """A whole page of a title and sections, all escaped already; empty ones are left out."""
     body = "\n".join(section for section in sections if section)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -199,7 +199,10 @@ def _settings(run: Run) -> str:
 
 
 def table(heads: list[str], rows: list[list[str]], name: str) -> str:
-    """A table of a style's class; each cell repeats its head, which a phone shows instead of the head row."""
+    """A table of a class of the style sheet.
+
+    Each cell repeats its head, which a phone shows instead of the head row.
+    """
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
     lines = [
         "<tr>"

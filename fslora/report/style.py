@@ -19,6 +19,7 @@ body {
 }
 main { max-width: 68rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; }
+h1:not(:first-child) { margin-top: 3rem; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 .note { background: var(--warn); padding: .6rem .9rem; border-radius: .5rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .75rem; }
@@ -33,6 +34,14 @@ td { border-top: 1px solid var(--line); overflow-wrap: anywhere; }
 td:first-child { overflow-wrap: normal; }
 .rejected td:nth-child(2) { min-width: 7rem; }
 .classes th:not(:first-child), .classes td:not(:first-child) { text-align: right; }
+.wide { overflow-x: auto; }
+.wide th, .wide td { overflow-wrap: normal; padding-right: .7rem; }
+.wide td:not(:first-child) { white-space: nowrap; }
+.wide th:not(:first-child), .wide td:not(:first-child) { text-align: right; }
+.wide th:first-child, .wide td:first-child {
+  position: sticky; left: 0; background: var(--paper) padding-box; font-weight: 600;
+  min-width: 6rem;
+}
 .pictures { display: grid; gap: 1rem; margin: 2rem 0; align-items: start; }
 figure { margin: 0; background: var(--card); border-radius: .5rem; overflow: hidden; }
 figure img { display: block; width: 100%; height: auto; background: #fff; }
@@ -45,6 +54,7 @@ details { margin: 1.5rem 0; border-top: 1px solid var(--line); padding-top: .75r
 summary { cursor: pointer; font-size: 1.15rem; font-weight: 600; }
 @media (min-width: 50rem) { .pictures { grid-template-columns: 1fr 1fr; } }
 @media (max-width: 49.99rem) {
+  .wide td:first-child { max-width: 7rem; overflow-wrap: anywhere; }
   .classes thead { display: none; }
   .classes, .classes tbody, .classes tr { display: block; }
   .classes tr { background: var(--card); border-radius: .5rem; }

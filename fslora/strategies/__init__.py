@@ -1,5 +1,8 @@
 """One federated algorithm per file, each a factory that returns pure functions."""
 
+from collections.abc import Callable
+
+from fslora.protocol import Strategy
 from fslora.strategies.centralised import centralised
 from fslora.strategies.fed_plora import fed_plora
 from fslora.strategies.fedex_lora import fedex_lora
@@ -14,7 +17,7 @@ from fslora.strategies.local_only import local_only
 from fslora.strategies.rolora import rolora
 from fslora.strategies.zero_shot import zero_shot
 
-STRATEGIES = {
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fslora": fslora,
     "fedit": fedit,
     "fedit-min": fedit_min,

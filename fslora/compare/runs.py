@@ -1,0 +1,122 @@
+"""Running simulations one after another, or several at a time; each can be continued."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+
+from fslora import checkpoint
+from fslora.config import SimulateConfig, continued, merged, read_settings
+from fslora.report.records import read_object
+from fslora.server import NoUsableUpdateError
+from fslora.simulate import Watcher, simulate
+
+_POLL_SECONDS = 0.5
+
+
+def run_all(
+    configs: Sequence[SimulateConfig], jobs: int, on_round: Callable[[], None] = lambda: None
+) -> dict[str, str]:
+    """Bring every run to its end; finished ones are left as they are.
+
+    Args:
+        configs: the runs, each in a folder of its own.
+        jobs: how many at a time. More than one means processes of their own; if one run cannot
+            work, the others are ended and can be continued.
+        on_round: called whenever a run may have got further.
+
+    Returns:
+        Run folder to the reason, for runs in which no client's work could be used any more.
+
+    Raises:
+        ValueError: a folder holds another run, or a run cannot work; names the remedy.
+        FileNotFoundError: a file that is not there.
+        NotImplementedError: the implementation cannot run on the device.
+    """
+    left = [config for config in configs if not finished(config)]
+    if jobs == 1 or len(left) < 2:
+        failures = {}
+        for config in left:
+            failures[config.out] = _train(config, on_round)
+            on_round()
+    else:
+        failures = _in_processes(left, min(jobs, len(left)), on_round)
+    return {folder: reason for folder, reason in failures.items() if reason}
+
+
+def finished(config: SimulateConfig) -> bool:
+    """Whether a run has come to its end.
+
+    Raises:
+        ValueError: its folder holds a run with other settings, or with more rounds.
+    """
+    folder = Path(config.out)
+    if not config.resume:
+        return False
+    settings = folder / "config.json"
+    saved = SimulateConfig(**merged(None, read_settings(settings), str(settings)))
+    continued(saved, config)
+    done = rounds_done(config)
+    if done > config.rounds:
+        raise ValueError(
+            f"the run in {folder} has {done} rounds, and {config.rounds} are asked for; ask for "
+            "as many, or choose another --out"
+        )
+    summary = folder / "summary.json"
+    # A run that is being extended has the summary of its earlier end.
+    ended = done == config.rounds == saved.rounds and summary.is_file()
+    return ended and "split" in read_object(summary)
+
+
+def rounds_done(config: SimulateConfig) -> int:
+    """The number of the last round that a run recorded; 0 before the first."""
+    records = Path(config.out) / checkpoint.RECORDS_FILE
+    if not records.is_file():
+        return 0
+    return max(records.read_bytes().count(b"\n") - 1, 0)
+
+
+def _train(config: SimulateConfig, on_round: Callable[[], None] = lambda: None) -> str:
+    """Run or continue one simulation; return why it had to stop, or nothing."""
+    try:
+        simulate(
+            # Another comparison, or an earlier trial, may have begun it since it was planned.
+            replace(config, resume=(Path(config.out) / "config.json").is_file()),
+            Watcher(on_round=lambda _: on_round()),
+        )
+    except NoUsableUpdateError as error:
+        return str(error)
+    return ""
+
+
+def _in_processes(
+    configs: Sequence[SimulateConfig], jobs: int, on_round: Callable[[], None]
+) -> dict[str, str]:
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet) as pool:
+        futures = {pool.submit(_train, config): config.out for config in configs}
+        waiting = set(futures)
+        try:
+            while waiting:
+                ended, waiting = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
+                for future in ended:
+                    future.result()
+                on_round()
+        except BaseException:
+            # Ended at any moment, a run can be continued; waiting for it could take hours.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+    return {out: future.result() for future, out in futures.items()}
+
+
+def _quiet() -> None:
+    """Leave Ctrl-C to the process that was asked, and say what the command line says, only."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")

@@ -1,0 +1,167 @@
+"""Turn a `compare.json` into Markdown tables, pictures and one self-contained HTML page."""
+
+import json
+from html import escape
+from pathlib import Path
+
+from fslora.report import replace_file
+from fslora.report.comparison_plots import draw_comparison, has_bands
+from fslora.report.comparison_tables import (
+    Table,
+    figure_name,
+    final_table,
+    markdown,
+    notes,
+    pair_table,
+    paper_table,
+    runs_table,
+    search_table,
+    target_tables,
+    value_of,
+)
+from fslora.report.page import document, figures, table
+from fslora.report.records import Record, read_object
+
+Pictures = dict[str, bytes]
+
+
+def write_comparison(folder: Path) -> Path:
+    """Write `compare.md`, `report.html` and its pictures beside a `compare.json`.
+
+    Returns:
+        The path of `report.html`, which needs no other file.
+
+    Raises:
+        FileNotFoundError: there is no `compare.json`.
+        ValueError: it cannot be read, or matplotlib is not installed.
+    """
+    datasets = read_object(folder / "compare.json")["datasets"]
+    replace_file(folder / "compare.md", render_markdown(datasets).encode())
+    pictures = [draw_comparison(data) for data in datasets]
+    for place, drawn in enumerate(pictures):
+        for name, png in drawn.items():
+            replace_file(folder / (name if len(pictures) == 1 else f"{place + 1}-{name}"), png)
+    report = folder / "report.html"
+    replace_file(report, render_comparison(datasets, pictures).encode())
+    return report
+
+
+def render_markdown(datasets: list[Record]) -> str:
+    """All tables as Markdown, the paper's first."""
+    parts = [f"# {_title(datasets)}\n", markdown(paper_table(datasets))]
+    for data in datasets:
+        parts += [
+            f"# {data['name']}\n",
+            _sentence(data) + "\n",
+            *(f"**{n}**\n" for n in notes(data)),
+        ]
+        parts += [markdown(found) for found in _open_tables(data) + _closed_tables(data)]
+    return "\n".join(parts)
+
+
+def render_comparison(datasets: list[Record], pictures: list[Pictures]) -> str:
+    """The page as HTML text.
+
+    Args:
+        datasets: of `compare.json`.
+        pictures: of each data set, as `draw_comparison` gives them; they are embedded.
+    """
+    title = escape(_title(datasets))
+    sections = [f"<h1>{title}</h1>", _html(paper_table(datasets))]
+    for data, drawn in zip(datasets, pictures, strict=True):
+        sections += [
+            f"<h1>{escape(data['name'])}</h1>",
+            f"<p>{escape(_sentence(data))}</p>",
+            *(f'<p class="note">{escape(note)}</p>' for note in notes(data)),
+            figures([(png, _axis(name), caption(data, name)) for name, png in drawn.items()]),
+            *map(_html, _open_tables(data)),
+            *(
+                f"<details><summary>{escape(found.title)}</summary>\n{_html(found, head=False)}\n"
+                "</details>"
+                for found in _closed_tables(data)
+            ),
+        ]
+    return document(title, sections)
+
+
+def caption(data: Record, name: str) -> str:
+    """The sentence under a picture, with the comparison's own figures."""
+    ended = {
+        each["label"]: each["final"][data["figure"]]["mean"]
+        for each in data["strategies"]
+        if each["final"][data["figure"]]["mean"] is not None
+    }
+    best = (max if data["figure"] == "metric" else min)(ended, key=lambda label: ended[label])
+    text = f"{figure_name(data)} against {_axis(name)}, means over {len(data['seeds'])} seeds"
+    if len(data["seeds"]) > 1:
+        text += f" with 95% intervals{'' if has_bands(data) else ' at their ends'}"
+    if name == "rounds.png":
+        text += f". The best mean at the end is {value_of(ended[best], data)}, of {best}"
+    elif any(not each["final"][_COST[name]]["mean"] for each in data["strategies"]):
+        text += "; a dotted line across is a method that pays nothing, where it ended"
+    return text[0].upper() + text[1:] + "."
+
+
+_COST = {"bytes.png": "bytes", "time.png": "sim_seconds"}
+
+
+def _axis(name: str) -> str:
+    return {
+        "rounds.png": "rounds",
+        "bytes.png": "bytes moved",
+        "time.png": "simulated time",
+    }[name]
+
+
+def _title(datasets: list[Record]) -> str:
+    names = ", ".join(data["name"] for data in datasets)
+    return f"{len(datasets[0]['strategies'])} ways to federate LoRA on {names}"
+
+
+def _sentence(data: Record) -> str:
+    settings, seeds = data["settings"], len(data["seeds"])
+    devices = "; devices and networks are simulated" if settings["devices"] else ""
+    return (
+        f"{settings['clients']} clients, {settings['per_round']} a round, for {settings['rounds']} "
+        f"rounds of {settings['local_steps']} local steps of {settings['batch_size']} examples; "
+        f"{settings['model']} on {settings['data']}, partition {settings['partition']}, rank "
+        f"{settings['rank']}; {seeds} seed{'s' * (seeds != 1)}, the splits of each the same for "
+        f"all methods (checked){devices}."
+    )
+
+
+def _open_tables(data: Record) -> list[Table]:
+    pairs = pair_table(data)
+    return [final_table(data), *([pairs] if pairs else []), *target_tables(data)]
+
+
+def _closed_tables(data: Record) -> list[Table]:
+    tried = search_table(data)
+    settings = [
+        [key, value if isinstance(value, str) else json.dumps(value)]
+        for key, value in data["settings"].items()
+        if key not in ("strategy", "seed", "out", "resume")  # of single runs
+    ]
+    splits = [
+        [seed, found["clients"], found["evaluation"]] for seed, found in data["splits"].items()
+    ]
+    return [
+        *([tried] if tried else []),
+        runs_table(data),
+        Table("Splits", "Hashes of who trains on what.", ["seed", "clients", "evaluation"], splits),
+        Table("Settings", "", ["setting", "value"], settings),
+    ]
+
+
+def _html(found: Table, *, head: bool = True) -> str:
+    title = f"<h2>{escape(found.title)}</h2>\n" if head else ""
+    note = f"<p>{escape(found.note)}</p>\n" if found.note else ""
+    # A column that says nothing of any method only costs room.
+    known = [
+        at
+        for at in range(len(found.heads))
+        if not found.rows or any(row[at] not in ("–", "") for row in found.rows)
+    ]
+    rows = [[row[at] for at in known] for row in found.rows]
+    inner = table([found.heads[at] for at in known], rows, "figures")
+    return f'{title}{note}<div class="wide">{inner}</div>'

@@ -1,0 +1,363 @@
+"""Comparisons: fair, resumable, searched without test rows, and summed up by the seed."""
+
+import json
+import math
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from fslora import checkpoint
+from fslora.__main__ import main
+from fslora.compare import runs as compare_runs
+from fslora.compare.command import compare, join
+from fslora.compare.settings import CompareConfig, read_comparison, read_entry
+from fslora.compare.statistics import difference, ratio, spread, t_quantile, verdict
+from fslora.compare.table import check_splits
+from fslora.config import SimulateConfig
+from fslora.data.federated import fingerprints
+from fslora.server import NoUsableUpdateError
+from fslora.simulate import Watcher, prepare, simulate
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def track(settings, tmp_path):
+    """A comparison of a few seconds; threads=1 as compare has it."""
+    threads = torch.get_num_threads()
+    settings = {**settings, "out": str(tmp_path / "compare"), "targets": "loss:5.5,loss:0.1"}
+    settings |= {"partition": "iid", "per_round": 2, "clients": 3, "eval_examples": 4}
+    yield CompareConfig(SimulateConfig(**settings), strategies="fslora,fedit", seeds="0,1")
+    torch.set_num_threads(threads)
+
+
+def tree(folder):
+    """Every file of the runs, with its content and time of writing."""
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and {"runs", "search"} & set(path.relative_to(folder).parts)
+    }
+
+
+def test_runs_are_those_of_simulate_on_equal_splits_and_are_not_run_again(track, tmp_path):
+    found = compare(track, QUIET)["datasets"][0]
+    alone = replace(track.run, strategy="fedit", seed=1, threads=1, out=str(tmp_path / "alone"))
+    summary = simulate(alone)
+    fedit = found["strategies"][1]
+    assert fedit["label"] == "fedit"
+    assert fedit["runs"][1]["loss"] == summary["eval_loss_after"]
+    assert fedit["runs"][1]["bytes_up"] == summary["bytes_up"]
+    assert fedit["targets"][0]["seeds"][1]["bytes_up"] == summary["targets"][0]["bytes_up"]
+    assert found["splits"]["1"] == summary["split"] == fingerprints(prepare(alone).data)
+    assert found["splits"]["0"] != found["splits"]["1"], "each seed has a split of its own"
+    losses = [run["loss"] for run in fedit["runs"]]
+    assert fedit["final"]["loss"]["mean"] == pytest.approx(sum(losses) / 2)
+    assert found["strategies"][0]["targets"][1]["reached"] == 0
+    before = tree(track.run.out)
+    assert compare(track, QUIET)["datasets"][0] == found
+    assert tree(track.run.out) == before, "nothing was written again"
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(track, monkeypatch):
+    ran = []
+
+    def stopped(config, watcher):
+        ran.append(config.out)
+        stop = watcher.on_round
+
+        def interrupt(record):
+            stop(record)
+            if len(ran) == 2:
+                raise KeyboardInterrupt
+
+        return simulate(config, replace(watcher, on_round=interrupt))
+
+    monkeypatch.setattr(compare_runs, "simulate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compare(track, QUIET)
+    first = {path: kept for path, kept in tree(track.run.out).items() if "fslora" in str(path)}
+    seen = []
+
+    def counted(config, watcher):
+        def count(record):
+            watcher.on_round(record)
+            seen.append((Path(config.out).parent.name, config.seed, record.round))
+
+        return simulate(config, Watcher(on_round=count))
+
+    monkeypatch.setattr(compare_runs, "simulate", counted)
+    compare(track, QUIET)
+    assert seen[0] == ("fslora", 1, 2), "one round of it had been done"
+    assert ("fslora", 0, 1) not in seen
+    after = tree(track.run.out)
+    kept = [path for path in first if "seed-0" in str(path)]
+    assert kept
+    assert all(after[path] == first[path] for path in kept)
+
+
+def test_other_settings_in_the_same_folder_are_refused(track):
+    first = replace(track, strategies="fslora", seeds="0")
+    compare(first, QUIET)
+    with pytest.raises(ValueError, match=r"--lr 0.5 \(was 0.01\)"):
+        compare(replace(first, run=replace(first.run, lr=0.5)), QUIET)
+    with pytest.raises(ValueError, match="has 2 rounds, and 1 are asked for"):
+        compare(replace(first, run=replace(first.run, rounds=1)), QUIET)
+    with pytest.raises(ValueError, match="holds a run of its own"):
+        CompareConfig(replace(first.run, out=str(Path(first.run.out) / "runs/fslora/seed-0")))
+
+
+def test_another_process_changes_no_bit(track, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(compare_runs, "ProcessPoolExecutor", one_worker)  # starting two is slow
+    track = replace(track, strategies="fedit", run=replace(track.run, rounds=1))
+    one = compare(track, QUIET)["datasets"][0]
+    other = replace(track, jobs=2, run=replace(track.run, out=track.run.out + "-two"))
+    two = compare(other, QUIET)["datasets"][0]
+    assert one["splits"] == two["splits"]
+    for run, again in zip(one["strategies"][0]["runs"], two["strategies"][0]["runs"], strict=True):
+        assert (run["loss"], run["bytes"]) == (again["loss"], again["bytes"])
+
+
+def one_worker(_, **options):
+    return ProcessPoolExecutor(1, **options)
+
+
+def test_different_data_under_one_seed_is_refused(track):
+    paths = {}
+    for name, clients in (("one", "a"), ("two", "b")):
+        folder = Path(track.run.out) / name
+        checkpoint.write_json(
+            folder / "summary.json", {"split": {"clients": clients, "evaluation": "c"}}
+        )
+        paths[name, 0] = replace(track.run, out=str(folder))
+    with pytest.raises(ValueError, match="same seed but not the same data"):
+        check_splits(paths)
+
+
+def test_the_search_is_equal_never_sees_test_rows_and_is_used(track):
+    track = replace(track, search="lr=1e-6,3e-2", search_rounds=1)
+    found = compare(track, QUIET)["datasets"][0]
+    trials = found["search"]["trials"]
+    tried = [(t["label"], t["seed"], t["values"]["lr"]) for t in trials]
+    grid = [(s, lr) for s in (0, 1) for lr in (1e-6, 3e-2)]
+    assert tried == [(label, *at) for label in ("fslora", "fedit") for at in grid]
+    best = {(t["label"], t["seed"]): t for t in trials if t["chosen"]}
+    for trial in trials:
+        assert best[trial["label"], trial["seed"]]["loss"] <= trial["loss"]
+    for each in found["strategies"]:
+        for run in each["runs"]:
+            assert run["lr"] == best[each["label"], run["seed"]]["values"]["lr"]
+    saved = json.loads(
+        (Path(track.run.out) / "search/fedit/seed-1/lr=0.03/summary.json").read_text()
+    )
+    assert saved["split"]["evaluation"] != found["splits"]["1"]["evaluation"]
+
+
+def test_with_eval_data_one_search_serves_all_seeds(track, texts):
+    track = replace(track, search="lr=1e-3;server_lr=1,2", run=replace(track.run, eval_data=texts))
+    assert [track.search_seed(seed) for seed in (0, 1)] == [0, 0]
+    assert list(track.trials) == [{"lr": 1e-3, "server_lr": 1.0}, {"lr": 1e-3, "server_lr": 2.0}]
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "instruction"])
+def test_validation_rows_come_from_the_clients_own_and_leave_the_test_rows_out(
+    settings, task, tmp_path
+):
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"text": f"row {n} " * 9, "instruction": f"{n}", "response": f"r{n}"} for n in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {**settings, "data": str(path), "partition": "iid", "task": task, "eval_examples": 0}
+    test = prepare(SimulateConfig(**given)).data
+    tune = prepare(SimulateConfig(**given, validation=True)).data
+
+    def rows_of(*parts):
+        return [tuple(row[row > 0].tolist()) for part in parts for row in part.tensors["input_ids"]]
+
+    assert sorted(rows_of(*tune.clients, tune.evaluation)) == sorted(rows_of(*test.clients))
+    assert not set(rows_of(*tune.clients, tune.evaluation)) & set(rows_of(test.evaluation))
+    assert all(len(examples) for examples in tune.clients)
+    for row, owner in zip(rows_of(tune.evaluation), tune.evaluation_groups, strict=True):
+        assert row in rows_of(test.clients[owner])
+    assert 0.05 < len(tune.evaluation) / sum(map(len, test.clients)) < 0.15
+
+
+def test_a_hopeless_run_is_reported_and_the_others_are_compared(track, monkeypatch):
+    def hopeless(config, watcher):
+        if config.strategy == "fedit" and config.seed == 1:
+            raise NoUsableUpdateError("round 1: no client's update could be used")
+        return simulate(config, watcher)
+
+    monkeypatch.setattr(compare_runs, "simulate", hopeless)
+    found = compare(track, QUIET)["datasets"][0]
+    fedit = found["strategies"][1]
+    assert fedit["runs"][1]["failed"].startswith("round 1")
+    assert fedit["final"]["loss"]["count"] == 1
+    assert found["pairs"][0]["winner"] is None
+
+
+def test_bad_settings_are_one_clear_message(track, tmp_path):
+    def asked(**changes):
+        return replace(track, **changes)
+
+    for changes, message in (
+        ({"strategies": "fslora,fedlora"}, "strategy cannot be 'fedlora'; it takes fslora"),
+        ({"strategies": "fslora,fslora"}, "each strategy once"),
+        ({"strategies": "fslora:lr=fast"}, "lr cannot be 'fast'"),
+        ({"strategies": "fslora:speed=2"}, "unknown setting 'speed'"),
+        ({"strategies": "fslora:clients=2"}, "clients must be the same for all"),
+        ({"strategies": "fslora:lr=1", "search": "lr=1,2"}, "which --search tries"),
+        ({"search": "rounds=1,2"}, "rounds must be the same for all"),
+        ({"seeds": "0,0"}, "different numbers"),
+        ({"seeds": "one"}, "not a list"),
+        ({"jobs": 0}, "--jobs"),
+    ):
+        with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+            asked(**changes)
+    with pytest.raises(ValueError, match="server-lr 1"):
+        compare(asked(strategies="fslora,flora:server_lr=2"), QUIET)
+    assert not (Path(track.run.out) / "runs").exists(), "refused before the first run"
+    with pytest.raises(ValueError, match="no finished comparison"):
+        join([tmp_path], tmp_path / "joined")
+
+
+def test_tensorboard_is_missed_before_the_first_run(track, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        compare(replace(track, tensorboard="curves"), QUIET)
+    assert not Path(track.run.out).exists()
+
+
+class Writer:
+    """Keeps what TensorBoard's own writer would write."""
+
+    points: ClassVar[list] = []
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def add_scalar(self, tag, value, step):
+        self.points.append((self.folder.parts[-2:], tag, step, value))
+
+
+def test_tensorboard_gets_every_round_once(track, monkeypatch, tmp_path):
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer)
+    )
+    monkeypatch.setattr(Writer, "points", [])
+    track = replace(track, strategies="fedit", seeds="1", tensorboard=str(tmp_path / "board"))
+    for _ in range(2):
+        compare(track, QUIET)
+    records = checkpoint.read_records(Path(track.run.out) / "runs/fedit/seed-1")
+    wanted = [(("fedit", "seed-1"), "evaluation/loss", r["round"], r["eval_loss"]) for r in records]
+    assert [point for point in Writer.points if point[1] == "evaluation/loss"] == wanted
+
+
+def test_options_and_files(track, tmp_path):
+    entry = read_entry("fslora:server-lr=2,rslora=true,server_opt=fedadam")
+    assert entry.options == {"server_lr": 2.0, "rslora": True, "server_opt": "fedadam"}
+    several = replace(track, strategies="fedit, fslora:server_lr=2,lr=3e-3,hetlora").entries
+    assert [each.label for each in several] == ["fedit", "fslora:server_lr=2,lr=3e-3", "hetlora"]
+    path = tmp_path / "protocol.toml"
+    path.write_text(
+        'model = "m"\ndata = "d.jsonl"\n[compare]\nstrategies = ["fslora", "flora"]\n'
+        "seeds = [3, 4]\nsearch-rounds = 2\n"
+    )
+    config = read_comparison(None, path)
+    assert (config.strategies, config.seed_values, config.search_rounds) == (
+        "fslora,flora",
+        (3, 4),
+        2,
+    )
+    assert config.run.out == "runs/compare"
+    path.write_text('model = "m"\ndata = "d"\n[compare]\nseed = [1]\n')
+    with pytest.raises(ValueError, match="has no 'seed'"):
+        read_comparison(None, path)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 7, 10, 11, 14, 40])
+def test_t_quantiles(freedom):
+    # Where the tail beyond it has 2.5%: with t = √ν tan θ the density is a power of a cosine.
+    theta = np.linspace(math.atan(t_quantile(freedom) / math.sqrt(freedom)), math.pi / 2, 200_001)
+    constant = math.gamma((freedom + 1) / 2) / (math.gamma(freedom / 2) * math.sqrt(math.pi))
+    tail = constant * np.trapezoid(np.cos(theta) ** (freedom - 1), theta)
+    assert tail == pytest.approx(0.025, rel=3e-4)
+
+
+def test_intervals_and_verdicts():
+    found = spread([1.0, 2.0, 3.0])
+    assert (found["mean"], found["std"]) == (2.0, 1.0)
+    assert found["high"] - 2 == pytest.approx(4.30265 / math.sqrt(3))
+    assert verdict(difference([5.0, 6.1, 7.0], [1.0, 2.0, 3.0]), 0) == "higher"
+    assert verdict(difference([1.0, 9.0], [2.0, 3.0]), 0) == "undecided"
+    assert verdict(difference([1.0], [2.0]), 0) == "undecided", "one seed decides nothing"
+    half = ratio([1.0, 2.0, 4.0], [2.0, 4.1, 8.0])
+    assert half["mean"] == pytest.approx(0.4959, abs=1e-4)
+    assert verdict(half, 1) == "lower"
+    assert ratio([0.0, 1.0], [1.0, 1.0])["mean"] is None
+
+
+def test_the_command_line_leaves_tables_and_a_page_and_joins_data_sets(track, capsys):
+    values = {**track.run.to_json(), "name": "first"}
+    folder = Path(track.run.out)
+    path = folder.with_name("track.json")
+    base = {k: v for k, v in values.items() if k not in ("out", "resume", "strategy", "name")}
+    own = {"strategies": ["fslora", "fedit"], "seeds": [0, 1], "name": "first"}
+    path.write_text(json.dumps({**base, "out": str(folder), "rounds": 1, "compare": own}))
+    assert main(["compare", "--config", str(path)]) == 0
+    assert {"compare.json", "compare.md", "report.html", "rounds.png", "bytes.png"} <= {
+        entry.name for entry in folder.iterdir()
+    }
+    data = json.loads((folder / "compare.json").read_text())["datasets"][0]
+    other = folder.with_name("other")
+    checkpoint.write_json(other / "compare.json", {"datasets": [{**data, "name": "second"}]})
+    joined = folder.with_name("joined")
+    assert main(["compare", "--join", f"{folder},{other}", "--out", str(joined)]) == 0
+    text = (joined / "compare.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("|fedit|"))
+    mean = data["strategies"][1]["final"]["loss"]["mean"]
+    assert line.split("|")[-2] == f"{mean:.3f}", "the average over two equal data sets"
+    assert main(["compare", "--join", f"{folder},{folder}", "--out", str(joined)]) == 2
+    assert "--name of its own" in capsys.readouterr().err
+
+
+def test_help_teaches_and_imports_nothing_heavy():
+    code = (
+        "import sys; from fslora.__main__ import main\n"
+        "try: main(['compare', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'peft', 'matplotlib', 'triton'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    for flag in (
+        "--strategies",
+        "--seeds",
+        "--search",
+        "--search-rounds",
+        "--jobs",
+        "--tensorboard",
+    ):
+        assert flag in text
+    assert "--join" in text
+    assert "--local-steps" in text, "the settings of simulate"
