@@ -23,8 +23,8 @@ SMALL_LAYER = 128 * 128
 # float32, 1.3 in bfloat16; from 16 on it is no faster in float32 and up to 1.3 times slower in
 # bfloat16.
 RANK_MAJOR_BELOW = 16
-# Where a processor adds the small product faster than the large one, by 2 to 4% of the layer; it costs
-# the rounding that delta first saves.
+# Where a processor adds the small product faster than the large one, by 2 to 4% of the layer; it
+# costs the rounding that delta first saves.
 BASE_FIRST = (torch.bfloat16,)
 
 
