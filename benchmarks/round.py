@@ -31,9 +31,9 @@ from fslora.config import SimulateConfig
 from fslora.data.tasks import Batch, Examples, Task
 from fslora.engines import sequential
 from fslora.models import take_state
+from fslora.prepare import Run, prepare
 from fslora.protocol import ClientFn, ClientTask, ClientUpdate, LoRAWeights, ServerState
 from fslora.server import RoundRecord, run_round
-from fslora.simulate import Run, prepare
 from fslora_kernels.seeds import fold_in
 
 TOLERANCE = 1e-4  # of a client's mean loss: the same arithmetic, in another order

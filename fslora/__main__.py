@@ -64,10 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _is_for_the_user(error: Exception) -> bool:
     """Whether the message says it all: it was raised in our own packages, or derives from it."""
-    from fslora.server import NoUsableUpdateError
+    from fslora.server import StoppedRunError
 
     if isinstance(error, RuntimeError) and not isinstance(
-        error, NoUsableUpdateError | NotImplementedError
+        error, StoppedRunError | NotImplementedError
     ):
         return False
     trace = error.__traceback__
@@ -80,8 +80,9 @@ def _is_for_the_user(error: Exception) -> bool:
 def _simulate(arguments: Sequence[str]) -> None:
     import tyro
 
-    from fslora.config import SimulateConfig, merged, read_settings
+    from fslora.config import SimulateConfig
     from fslora.presets import PRESETS
+    from fslora.settings import merged, read_settings
 
     files = argparse.ArgumentParser(prog="fslora simulate", add_help=False)
     files.add_argument("--preset", choices=sorted(PRESETS))

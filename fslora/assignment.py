@@ -1,4 +1,4 @@
-"""Building a round's tasks: which ranks of which module a client gets, and its keys."""
+"""How strategies begin and build a round's tasks: which ranks a client gets, and its keys."""
 
 from __future__ import annotations
 
@@ -6,8 +6,32 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from fslora.protocol import Adapters, ClientTask, LocalRule, LoRAWeights, ServerState, Sketch
+from fslora.protocol import (
+    Adapters,
+    ClientTask,
+    Extras,
+    LocalRule,
+    LoRAWeights,
+    ServerState,
+    Sketch,
+)
+from fslora_kernels.sampling import sketch_size
 from fslora_kernels.seeds import fold_in
+
+
+def first_state(adapters: Adapters, extras: Extras, seed: int) -> ServerState:
+    """Begin with the adapter and the heads as they are: most strategies' ``init``."""
+    return ServerState(round=0, adapters=adapters, extras=extras, key=seed)
+
+
+def check_ratios(ratios: Mapping[str, float]) -> None:
+    """Refuse a sketch ratio that no client can have.
+
+    Raises:
+        ValueError: a ratio is not in (0, 1].
+    """
+    for ratio in ratios.values():
+        sketch_size(1, ratio)
 
 
 def client_key(state: ServerState, client_id: str) -> int:

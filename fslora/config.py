@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fslora.devices import Fleet, read_fleet
 from fslora.options import Averaging, Forward, Sampler, check_options
 
-_LISTS = ("ratios", "target_modules", "text_column", "prompt_columns", "targets")
-# What may differ between a run and its continuation without changing a bit of what is learnt.
-_FREE_ON_RESUME = ("rounds", "out", "resume", "targets")
+LISTS = ("ratios", "target_modules", "text_column", "prompt_columns", "targets")
 _LOWEST = {
     **dict.fromkeys(("clients", "per_round", "rank", "rounds", "local_steps"), 1),
     **dict.fromkeys(("batch_size", "accumulation", "eval_every"), 1),
@@ -26,7 +20,6 @@ _LOWEST = {
     "over_select": 1,
 }
 _FSLORA_OPTIONS = {"forward": "sketched", "averaging": "participants", "sampler": "uniform"}
-_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
 
 
 class Target(NamedTuple):
@@ -197,10 +190,10 @@ class SimulateConfig:
             raise ValueError("name the data: --data texts.jsonl, or try --preset demo")
         for name, low in _LOWEST.items():
             if not getattr(self, name) >= low:
-                raise ValueError(f"{_flag(name)} must be at least {low}, got {getattr(self, name)}")
+                raise ValueError(f"{flag(name)} must be at least {low}, got {getattr(self, name)}")
         for name in ("alpha", "lr", "server_lr"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{_flag(name)} must be positive, got {getattr(self, name)}")
+                raise ValueError(f"{flag(name)} must be positive, got {getattr(self, name)}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora-dropout must be in [0, 1), got {self.lora_dropout}")
         if self.per_round > self.clients:
@@ -219,7 +212,7 @@ class SimulateConfig:
             value = getattr(self, name)
             if self.strategy != "fslora" and value != paper:
                 raise ValueError(
-                    f"{_flag(name)} {value} is an option of fslora, and --strategy is "
+                    f"{flag(name)} {value} is an option of fslora, and --strategy is "
                     f"{self.strategy}; leave it out"
                 )
         check_options(self.forward, self.averaging, self.sampler)
@@ -282,80 +275,12 @@ class SimulateConfig:
     def to_json(self) -> dict[str, object]:
         """Return the config with its lists as lists, as ``config.json`` holds it."""
         values: dict[str, object] = {**asdict(self)}
-        values.update({name: list(self.column_names(name)) for name in _LISTS})
+        values.update({name: list(self.column_names(name)) for name in LISTS})
         # Whole, so that the run folder says what was simulated when a file or a built-in changes.
         values["devices"] = self.fleet.to_json() if self.fleet else ""
         return {**values, "ratios": list(self.ratio_values)}
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """The command line's name of a setting."""
     return "--" + name.replace("_", "-")
-
-
-def merged(config: SimulateConfig | None, values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Check values from a file and put them over a config's.
-
-    Args:
-        config: what to start from; None starts from the defaults.
-        values: field names (dashes or underscores) to values; lists may be lists or
-            comma-separated.
-        source: the file, for the message.
-
-    Returns:
-        Keyword arguments for ``SimulateConfig``.
-
-    Raises:
-        ValueError: an unknown field or a value of the wrong type.
-    """
-    types = {item.name: item.type for item in fields(SimulateConfig)}
-    result: dict[str, Any] = {} if config is None else asdict(config)
-    for key, given in values.items():
-        name = key.replace("-", "_")
-        if name not in types:
-            raise ValueError(f"{source}: unknown setting {key!r}; settings are the flags of --help")
-        listed = name in _LISTS and isinstance(given, list)
-        value: Any = ",".join(str(item) for item in given) if listed else given
-        if name == "devices" and isinstance(given, list):
-            value = json.dumps(given)
-        wanted = _TYPES.get(str(types[name]), (str,))
-        if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
-            raise ValueError(f"{source}: {key} = {value!r} is not of type {types[name]}")
-        result[name] = float(given) if float in wanted else value
-    return result
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read a TOML file of settings, or a run's ``config.json``.
-
-    Raises:
-        ValueError: the file is missing or not in its format.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise ValueError(f"cannot read the settings {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
-    return values
-
-
-def continued(saved: SimulateConfig, asked: SimulateConfig) -> SimulateConfig:
-    """Check that a run may be continued as asked.
-
-    Returns:
-        The config to go on with.
-
-    Raises:
-        ValueError: a setting differs that would make the result another one.
-    """
-    before, after = saved.to_json(), asked.to_json()
-    changed = [n for n in before if n not in _FREE_ON_RESUME and before[n] != after[n]]
-    if changed:
-        listed = ", ".join(f"{_flag(n)} {after[n]} (was {before[n]})" for n in changed)
-        raise ValueError(
-            f"the run in {asked.out} was started otherwise: {listed}; leave these flags out, or "
-            "start a new run with another --out"
-        )
-    kept = {name: getattr(asked, name) for name in ("rounds", "out", "targets")}
-    return replace(saved, **kept, resume=True)

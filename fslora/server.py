@@ -18,8 +18,16 @@ from fslora_kernels.seeds import fold_in
 _ABSENT = ("it was not available", FAILED)
 
 
-class NoUsableUpdateError(RuntimeError):
-    """Every client of a round failed; the state before the round is the last good one."""
+class StoppedRunError(RuntimeError):
+    """A run cannot go on; the state before the round is the last good one, and is kept."""
+
+
+class NoUsableUpdateError(StoppedRunError):
+    """Every client of a round failed."""
+
+
+class DivergedError(StoppedRunError):
+    """The evaluation loss is no number any more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-import torch
-from peft import PeftModel
-
 from fslora import checkpoint, evaluation
 from fslora.client import LocalTrainer
-from fslora.clock import Clock, check_memory, deal_devices, step_counter
-from fslora.config import SimulateConfig, continued, merged, read_settings
-from fslora.data.causal_lm import CausalLM
-from fslora.data.classification import Classification
-from fslora.data.federated import FederatedData, fingerprints, load_federated, validation_split
-from fslora.data.instruction import Instruction
-from fslora.data.rows import read_rows
-from fslora.data.tasks import Examples, Task, pad_id, pooled
+from fslora.config import SimulateConfig
+from fslora.data.federated import fingerprints
 from fslora.engines import sequential
-from fslora.models import load_model, load_tokenizer, put_state, take_state
-from fslora.protocol import POOLED, LocalRule, ServerState, Strategy
-from fslora.server import ClientRecord, RoundRecord, rounds
-from fslora.strategies import STRATEGIES
+from fslora.models import put_state, take_state
+from fslora.prepare import Run, examples_of, make_clock, prepare
+from fslora.protocol import ServerState
+from fslora.server import ClientRecord, DivergedError, RoundRecord, rounds
+from fslora.settings import continued, merged, read_settings
 from fslora.summary import summarise
-from fslora_kernels.sampling import sketch_size
-from fslora_kernels.seeds import fold_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,127 +38,6 @@ class Watcher:
     on_round: Callable[[RoundRecord], None] = lambda _: None
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Everything of a run that does not change from round to round.
-
-    Attributes:
-        config: its settings.
-        folder: where it is kept.
-        model: fused.
-        data: its evaluation already limited to ``eval_examples``.
-        task: the loss and the metric.
-        strategy: the federated algorithm.
-        ratio_of: client position to sketch ratio.
-    """
-
-    config: SimulateConfig
-    folder: Path
-    model: PeftModel
-    data: FederatedData
-    task: Task
-    strategy: Strategy
-    ratio_of: dict[int, float]
-
-
-def make_task(config: SimulateConfig) -> Task:
-    """Build the task that a config names."""
-    if config.task == "causal-lm":
-        return CausalLM(config.column_names("text_column"), config.max_length)
-    if config.task == "classification":
-        return Classification(
-            config.column_names("text_column"),
-            config.label_column,
-            config.max_length,
-            config.metric,
-        )
-    return Instruction(
-        config.column_names("prompt_columns"), config.response_column, config.max_length
-    )
-
-
-def deal_ratios(config: SimulateConfig, clients: int) -> dict[int, float]:
-    """Deal clients to the capacity classes evenly, in an order drawn from the seed.
-
-    Returns:
-        Client position to the ratio S/R that its whole number of ranks really is.
-    """
-    order = np.random.default_rng(fold_in(config.seed, "ratios")).permutation(clients)
-    ratios = [sketch_size(config.rank, ratio) / config.rank for ratio in config.ratio_values]
-    return {int(client): ratios[place % len(ratios)] for place, client in enumerate(order)}
-
-
-def prepare(config: SimulateConfig) -> Run:
-    """Load data and model.
-
-    Raises:
-        ValueError: anything about the config, the data or the model that cannot work.
-        FileNotFoundError: a file that is not there.
-        NotImplementedError: the implementation cannot run on the device.
-    """
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    task = make_task(config)
-    rows = read_rows(config.data, reader=config.reader, header=config.header)
-    evaluation_rows = None
-    if config.eval_data:
-        evaluation_rows = read_rows(
-            config.eval_data, reader=config.reader, header=config.header, split="test"
-        )
-    tokenizer = load_tokenizer(config)
-    data = load_federated(
-        rows,
-        task,
-        tokenizer,
-        scheme=config.partition,
-        clients=config.clients,
-        key=fold_in(config.seed, "partition"),
-        evaluation_rows=evaluation_rows,
-        label_column=config.label_column,
-    )
-    if config.validation:
-        data = validation_split(data, task, fold_in(config.seed, "validation"))
-    examples, groups = evaluation.evenly(
-        data.evaluation, data.evaluation_groups, config.eval_examples
-    )
-    data = replace(data, evaluation=examples, evaluation_groups=groups)
-    model = load_model(config, data.labels, pad_id(tokenizer))
-    if config.fleet is not None:
-        check_memory(config.fleet, model)
-    ratio_of = deal_ratios(config, len(data.names))
-    named = {data.names[client]: ratio for client, ratio in ratio_of.items()}
-    strategy = make_strategy(config, named)
-    return Run(config, Path(config.out), model, data, task, strategy, ratio_of)
-
-
-def make_strategy(config: SimulateConfig, ratio_of: Mapping[str, float]) -> Strategy:
-    """Build the strategy that a config names.
-
-    Args:
-        config: the run.
-        ratio_of: client id to sketch ratio.
-
-    Raises:
-        ValueError: a setting that the strategy does not know.
-    """
-    return STRATEGIES[config.strategy](
-        ratio_of,
-        LocalRule(
-            optimizer=config.optimizer,
-            lr=config.lr,
-            steps=config.local_steps,
-            batch_size=config.batch_size,
-            accumulation=config.accumulation,
-            clip_norm=config.clip_norm,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-        ),
-        server_optimizer=config.server_opt,
-        server_lr=config.server_lr,
-        **config.strategy_options,
-    )
-
-
 def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str, Any]:
     """Run a simulation, or continue one, and return what ``summary.json`` holds.
 
@@ -181,6 +50,7 @@ def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str
         FileNotFoundError: a file that is not there.
         NotImplementedError: the implementation cannot run on the device.
         NoUsableUpdateError: no client of a round could be used; the rounds before are kept.
+        DivergedError: the evaluation loss is no number any more; likewise.
     """
     watcher = watcher or Watcher()
     config = checked_folder(config)
@@ -191,7 +61,7 @@ def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str
         checkpoint.write_json(run.folder / "config.json", settings)
         state = _first_state(run)
     watcher.on_start(state.round)
-    trainer = LocalTrainer(run.model, run.task, _examples_of(run))
+    trainer = LocalTrainer(run.model, run.task, examples_of(run))
     steps = rounds(
         state,
         run.strategy,
@@ -219,32 +89,12 @@ def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str
     _write_adapter(run, state)
     records = checkpoint.read_records(run.folder)
     device = str(next(run.model.parameters()).device)
-    summary = summarise(config, state, run.ratio_of, records, perf_counter() - start, device)
+    seconds = perf_counter() - start
+    summary = summarise(config, state, run.ratio_of_id, records, seconds, device)
     summary["split"] = fingerprints(run.data)
     with checkpoint.explained_io_errors(run.folder, state.round):
         checkpoint.write_json(run.folder / "summary.json", summary)
     return summary
-
-
-def make_clock(run: Run, trainer: LocalTrainer) -> Clock | None:
-    """Build the clock of a run's devices, None where it has none.
-
-    Args:
-        run: the run.
-        trainer: what its clients do, for counting operations.
-    """
-    config = run.config
-    if config.fleet is None:
-        return None
-    ratio_of = {run.data.names[client]: ratio for client, ratio in run.ratio_of.items()}
-    by_ratio = config.device_order == "by-ratio"
-    return Clock(
-        seed=config.seed,
-        device_of=deal_devices(config.fleet, ratio_of, config.seed, by_ratio=by_ratio),
-        step_flops=step_counter(trainer, run.data.evaluation),
-        per_round=config.per_round,
-        deadline=config.deadline,
-    )
 
 
 def checked_folder(config: SimulateConfig) -> SimulateConfig:
@@ -268,14 +118,6 @@ def checked_folder(config: SimulateConfig) -> SimulateConfig:
             f"{config.out} already holds a run; go on with it by --resume, or choose another --out"
         )
     return config
-
-
-def _examples_of(run: Run) -> dict[str, Examples]:
-    """Client id to its examples; those of all under ``POOLED`` where a strategy asks for it."""
-    examples = dict(zip(run.data.names, run.data.clients, strict=True))
-    if run.config.strategy == "centralised":
-        examples[POOLED] = pooled(run.data.clients)
-    return examples
 
 
 def _write_adapter(run: Run, state: ServerState) -> None:
@@ -320,6 +162,12 @@ def _evaluated(run: Run, state: ServerState, record: RoundRecord) -> RoundRecord
         sketched = evaluation.evaluate_sketched(
             run.model, state, run.task, examples, size, run.config.ratio_values
         )
+    for loss in (whole.loss, 0.0 if sketched is None else sketched):
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"round {state.round}: the evaluation loss is {loss}; lower --lr or --server-lr, "
+                "set --clip-norm 1, or use --dtype float32"
+            )
     by_ratio = {}
     if first_or_last:
         by_ratio = evaluation.evaluate_by_ratio(

@@ -21,7 +21,7 @@ _TIMES = ("sim_seconds", "sim_down_seconds", "sim_compute_seconds", "sim_up_seco
 def summarise(
     config: SimulateConfig,
     state: ServerState,
-    ratio_of: Mapping[int, float],
+    ratio_of: Mapping[str, float],
     records: Sequence[Record],
     wall_seconds: float,
     device: str,
@@ -31,7 +31,7 @@ def summarise(
     Args:
         config: the run's settings.
         state: after the last round.
-        ratio_of: client position to sketch ratio.
+        ratio_of: client id to sketch ratio, whatever share of the ranks its strategy gives it.
         records: lines of ``rounds.jsonl``, round 0 first.
         wall_seconds: of this process, loading not included.
         device: where it ran.
@@ -44,13 +44,13 @@ def summarise(
     entries = [entry for record in records for entry in record["clients"]]
     classes = []
     for ratio in sorted(set(ratio_of.values())):
-        own = [entry for entry in entries if entry["ratio"] == ratio]
+        own = [entry for entry in entries if ratio_of.get(entry["id"]) == ratio]
         moved = sum(entry["bytes_up"] + entry["bytes_down"] for entry in own)
         answers = sum(map(_answered, own))
         classes.append(
             {
                 "ratio": ratio,
-                "sketch_size": sketch_size(config.rank, ratio),
+                "sketch_size": _ranks(config.rank, ratio, own),
                 "clients": sum(value == ratio for value in ratio_of.values()),
                 "participations": len(own),
                 "bytes_up": sum(entry["bytes_up"] for entry in own),
@@ -77,6 +77,14 @@ def summarise(
         "device": device,
         "versions": {"torch": torch.__version__},
     }
+
+
+def _ranks(rank: int, ratio: float, entries: Sequence[Record]) -> int:
+    """How many ranks the clients of a class trained, the most of them where that changed."""
+    if not entries:
+        return sketch_size(rank, ratio)
+    most: float = max(entry["ratio"] for entry in entries)
+    return round(rank * most)
 
 
 def _answered(entry: Record) -> bool:

@@ -17,8 +17,8 @@ from fslora.compare.settings import CompareConfig
 from fslora.compare.table import tabulate
 from fslora.compare.tensorboard import summary_writer, write_curves
 from fslora.config import SimulateConfig
+from fslora.prepare import make_strategy
 from fslora.report.records import read_object
-from fslora.simulate import make_strategy
 
 COMPARE_FILE = "compare.json"
 

@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from fslora import checkpoint
-from fslora.config import SimulateConfig, continued, merged, read_settings
+from fslora.config import SimulateConfig
 from fslora.report.records import read_object
-from fslora.server import NoUsableUpdateError
+from fslora.server import StoppedRunError
+from fslora.settings import continued, merged, read_settings
 from fslora.simulate import Watcher, simulate
 
 _POLL_SECONDS = 0.5
@@ -31,7 +32,8 @@ def run_all(
         on_round: called whenever a run may have got further.
 
     Returns:
-        Run folder to the reason, for runs in which no client's work could be used any more.
+        Run folder to the reason, for runs that could not go on: they diverged, or no client's work
+        could be used.
 
     Raises:
         ValueError: a folder holds another run, or a run cannot work; names the remedy.
@@ -89,7 +91,7 @@ def _train(config: SimulateConfig, on_round: Callable[[], None] = lambda: None) 
             replace(config, resume=(Path(config.out) / "config.json").is_file()),
             Watcher(on_round=lambda _: on_round()),
         )
-    except NoUsableUpdateError as error:
+    except StoppedRunError as error:
         return str(error)
     return ""
 

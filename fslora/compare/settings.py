@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fslora.config import SimulateConfig, merged, read_settings
+from fslora.config import SimulateConfig
+from fslora.settings import merged, read_settings
 
 DEFAULT_OUT = "runs/compare"
 Setting = str | int | float | bool

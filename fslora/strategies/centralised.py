@@ -12,13 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fslora.aggregation import ServerOptimizer, averaged
-from fslora.assignment import client_task, common_rank, first_ranks
+from fslora.assignment import client_task, common_rank, first_ranks, first_state
 from fslora.protocol import (
     POOLED,
-    Adapters,
     ClientTask,
     ClientUpdate,
-    Extras,
     LocalRule,
     ServerState,
     Strategy,
@@ -34,9 +32,6 @@ def centralised(
 ) -> Strategy:
     """Build the strategy; the arguments are those of ``fslora``, and no ratio matters."""
 
-    def init(adapters: Adapters, extras: Extras, seed: int) -> ServerState:
-        return ServerState(round=0, adapters=adapters, extras=extras, key=seed)
-
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
         if not cohort:
             return []
@@ -50,4 +45,4 @@ def centralised(
     ) -> ServerState:
         return averaged(state, tasks, updates, server_optimizer, server_lr)
 
-    return Strategy(init, assign, aggregate)
+    return Strategy(first_state, assign, aggregate)

@@ -19,12 +19,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fslora.aggregation import ServerOptimizer, averaged
-from fslora.assignment import client_key, client_task, common_rank, gather_rest
+from fslora.assignment import (
+    check_ratios,
+    client_key,
+    client_task,
+    common_rank,
+    first_state,
+    gather_rest,
+)
 from fslora.protocol import (
-    Adapters,
     ClientTask,
     ClientUpdate,
-    Extras,
     LocalRule,
     ServerState,
     Strategy,
@@ -45,11 +50,7 @@ def fed_plora(
     Raises:
         ValueError: a ratio is not in (0, 1].
     """
-    for ratio in ratios.values():
-        sketch_size(1, ratio)
-
-    def init(adapters: Adapters, extras: Extras, seed: int) -> ServerState:
-        return ServerState(round=0, adapters=adapters, extras=extras, key=seed)
+    check_ratios(ratios)
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
         rank = common_rank(state.adapters)
@@ -66,4 +67,4 @@ def fed_plora(
     ) -> ServerState:
         return averaged(state, tasks, updates, server_optimizer, server_lr, "count")
 
-    return Strategy(init, assign, aggregate)
+    return Strategy(first_state, assign, aggregate)

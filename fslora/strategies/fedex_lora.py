@@ -24,13 +24,11 @@ from fslora.aggregation import (
     mean_products,
     require_plain_average,
 )
-from fslora.assignment import client_task, common_rank, first_ranks
+from fslora.assignment import client_task, common_rank, first_ranks, first_state
 from fslora.lowrank import stack
 from fslora.protocol import (
-    Adapters,
     ClientTask,
     ClientUpdate,
-    Extras,
     LocalRule,
     ServerState,
     Strategy,
@@ -53,9 +51,6 @@ def fedex_lora(
     require_plain_average(
         "fedex-lora", "makes the mean of the products exact", server_optimizer, server_lr
     )
-
-    def init(adapters: Adapters, extras: Extras, seed: int) -> ServerState:
-        return ServerState(round=0, adapters=adapters, extras=extras, key=seed)
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
         rank = common_rank(state.adapters)
@@ -83,4 +78,4 @@ def fedex_lora(
         }
         return grown(new, tasks, missed)
 
-    return Strategy(init, assign, aggregate)
+    return Strategy(first_state, assign, aggregate)

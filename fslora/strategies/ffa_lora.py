@@ -15,12 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fslora.aggregation import ServerOptimizer, averaged
-from fslora.assignment import client_task, common_rank, first_ranks
+from fslora.assignment import client_task, common_rank, first_ranks, first_state
 from fslora.protocol import (
-    Adapters,
     ClientTask,
     ClientUpdate,
-    Extras,
     LocalRule,
     ServerState,
     Strategy,
@@ -37,9 +35,6 @@ def ffa_lora(
     """Build the strategy; the arguments are those of ``fslora``, and no ratio matters."""
     local = replace(local, trainable="b")
 
-    def init(adapters: Adapters, extras: Extras, seed: int) -> ServerState:
-        return ServerState(round=0, adapters=adapters, extras=extras, key=seed)
-
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
         rank = common_rank(state.adapters)
         sketches = first_ranks(list(state.adapters), rank, rank)
@@ -54,4 +49,4 @@ def ffa_lora(
     ) -> ServerState:
         return averaged(state, tasks, updates, server_optimizer, server_lr)
 
-    return Strategy(init, assign, aggregate)
+    return Strategy(first_state, assign, aggregate)

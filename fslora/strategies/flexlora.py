@@ -18,13 +18,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fslora.aggregation import ServerOptimizer, mean_heads, mean_products, require_plain_average
-from fslora.assignment import client_task, common_rank, first_ranks
+from fslora.assignment import check_ratios, client_task, common_rank, first_ranks, first_state
 from fslora.lowrank import truncated
 from fslora.protocol import (
-    Adapters,
     ClientTask,
     ClientUpdate,
-    Extras,
     LocalRule,
     LoRAWeights,
     ServerState,
@@ -45,14 +43,10 @@ def flexlora(
     Raises:
         ValueError: a ratio is not in (0, 1], or the server does not average plainly.
     """
-    for ratio in ratios.values():
-        sketch_size(1, ratio)
+    check_ratios(ratios)
     require_plain_average(
         "flexlora", "replaces the factors in each round", server_optimizer, server_lr
     )
-
-    def init(adapters: Adapters, extras: Extras, seed: int) -> ServerState:
-        return ServerState(round=0, adapters=adapters, extras=extras, key=seed)
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
         rank, modules = common_rank(state.adapters), list(state.adapters)
@@ -77,7 +71,7 @@ def flexlora(
         adapters = {name: _decomposed(products[name], pair) for name, pair in new.adapters.items()}
         return replace(new, adapters=adapters, extras=mean_heads(state.extras, accepted))
 
-    return Strategy(init, assign, aggregate)
+    return Strategy(first_state, assign, aggregate)
 
 
 def _decomposed(product: LoRAWeights, before: LoRAWeights) -> LoRAWeights:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fslora.aggregation import ServerOptimizer, mean_heads, mean_products, require_plain_average
-from fslora.assignment import client_key, client_task, common_rank, first_ranks
+from fslora.assignment import check_ratios, client_key, client_task, common_rank, first_ranks
 from fslora.protocol import (
     Adapters,
     ClientTask,
@@ -51,8 +51,7 @@ def flora(
     Raises:
         ValueError: a ratio is not in (0, 1], or the server does not average plainly.
     """
-    for ratio in ratios.values():
-        sketch_size(1, ratio)
+    check_ratios(ratios)
     require_plain_average(
         "flora", "adds the clients' products to the base as they are", server_optimizer, server_lr
     )

@@ -27,13 +27,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fslora.aggregation import ServerOptimizer, averaged
-from fslora.assignment import client_task, common_rank, gather_rest
+from fslora.assignment import check_ratios, client_task, common_rank, first_state, gather_rest
 from fslora.options import Averaging, Forward, Sampler, check_options, expected_step
 from fslora.protocol import (
-    Adapters,
     ClientTask,
     ClientUpdate,
-    Extras,
     LocalRule,
     ServerState,
     Strategy,
@@ -74,8 +72,7 @@ def fslora(
     Warns:
         UserWarning: the sketched forward is averaged by count, a longer step than the gradient's.
     """
-    for ratio in ratios.values():
-        sketch_size(1, ratio)
+    check_ratios(ratios)
     check_options(forward, averaging, sampler)
     if forward == "sketched" and averaging == "count":
         cohort = len(ratios) if per_round is None else per_round
@@ -87,9 +84,6 @@ def fslora(
             "use --forward full",
             stacklevel=2,
         )
-
-    def init(adapters: Adapters, extras: Extras, seed: int) -> ServerState:
-        return ServerState(round=0, adapters=adapters, extras=extras, key=seed)
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
         rank = common_rank(state.adapters)
@@ -110,4 +104,4 @@ def fslora(
     ) -> ServerState:
         return averaged(state, tasks, updates, server_optimizer, server_lr, averaging)
 
-    return Strategy(init, assign, aggregate)
+    return Strategy(first_state, assign, aggregate)

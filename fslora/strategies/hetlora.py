@@ -22,13 +22,11 @@ from dataclasses import replace
 import torch
 
 from fslora.aggregation import ServerOptimizer, mean_heads, stepped, trained_factors
-from fslora.assignment import client_task, common_rank, first_ranks
+from fslora.assignment import check_ratios, client_task, common_rank, first_ranks, first_state
 from fslora.lowrank import norm, padded, tail_norm
 from fslora.protocol import (
-    Adapters,
     ClientTask,
     ClientUpdate,
-    Extras,
     LocalRule,
     LoRAWeights,
     ServerState,
@@ -59,13 +57,9 @@ def hetlora(
     Raises:
         ValueError: a ratio is not in (0, 1], or γ not in (0, 1).
     """
-    for ratio in ratios.values():
-        sketch_size(1, ratio)
+    check_ratios(ratios)
     if not 0 < decay < 1:
         raise ValueError(f"decay must be in (0, 1), got {decay}; 0.99 is usual")
-
-    def init(adapters: Adapters, extras: Extras, seed: int) -> ServerState:
-        return ServerState(round=0, adapters=adapters, extras=extras, key=seed)
 
     def rule(size: int) -> LocalRule:
         keep = max(1, int(decay * size))
@@ -104,7 +98,7 @@ def hetlora(
         new = stepped(state, (change, heads), server_optimizer, server_lr)
         return replace(new, client_state=remembered)
 
-    return Strategy(init, assign, aggregate)
+    return Strategy(first_state, assign, aggregate)
 
 
 def weights(pairs: Sequence[LoRAWeights]) -> list[float]:

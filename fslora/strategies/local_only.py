@@ -15,7 +15,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fslora.aggregation import ServerOptimizer, require_plain_average, trained_factors
-from fslora.assignment import client_task, common_rank, first_ranks
+from fslora.assignment import check_ratios, client_task, common_rank, first_ranks, first_state
 from fslora.lowrank import padded
 from fslora.protocol import (
     Adapters,
@@ -42,12 +42,8 @@ def local_only(
     Raises:
         ValueError: a ratio is not in (0, 1], or a server optimizer is asked for.
     """
-    for ratio in ratios.values():
-        sketch_size(1, ratio)
+    check_ratios(ratios)
     require_plain_average("local-only", "has no server step", server_optimizer, server_lr)
-
-    def init(adapters: Adapters, extras: Extras, seed: int) -> ServerState:
-        return ServerState(round=0, adapters=adapters, extras=extras, key=seed)
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
         rank, modules = common_rank(state.adapters), list(state.adapters)
@@ -82,7 +78,7 @@ def local_only(
             models.append(replace(state, adapters=whole, extras=extras))
         return models or [state]
 
-    return Strategy(init, assign, aggregate, evaluated)
+    return Strategy(first_state, assign, aggregate, evaluated)
 
 
 def _own(state: ServerState, client_id: str) -> tuple[Adapters, Extras]:

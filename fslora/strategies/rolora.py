@@ -21,12 +21,10 @@ from dataclasses import replace
 import torch
 
 from fslora.aggregation import ServerOptimizer, averaged, require_plain_average
-from fslora.assignment import client_task, common_rank, first_ranks
+from fslora.assignment import client_task, common_rank, first_ranks, first_state
 from fslora.protocol import (
-    Adapters,
     ClientTask,
     ClientUpdate,
-    Extras,
     LocalRule,
     ServerState,
     Strategy,
@@ -49,9 +47,6 @@ def rolora(
         "rolora", "keeps one factor in each round, which momentum would move", server_optimizer
     )
     rules = replace(local, trainable="a"), replace(local, trainable="b")
-
-    def init(adapters: Adapters, extras: Extras, seed: int) -> ServerState:
-        return ServerState(round=0, adapters=adapters, extras=extras, key=seed)
 
     def held(state: ServerState, client_id: str, number: int) -> int:
         """Bytes of the factors that the client has in their latest form."""
@@ -82,4 +77,4 @@ def rolora(
         seen = {task.client_id: {"round": torch.tensor(task.round)} for task in tasks}
         return replace(new, client_state={**state.client_state, **seen})
 
-    return Strategy(init, assign, aggregate)
+    return Strategy(first_state, assign, aggregate)

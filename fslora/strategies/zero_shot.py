@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fslora.aggregation import ServerOptimizer
+from fslora.assignment import first_state
 from fslora.protocol import (
-    Adapters,
     ClientTask,
     ClientUpdate,
-    Extras,
     LocalRule,
     ServerState,
     Strategy,
@@ -29,9 +28,6 @@ def zero_shot(
 ) -> Strategy:
     """Build the strategy; the arguments are those of ``fslora``, and none matters."""
 
-    def init(adapters: Adapters, extras: Extras, seed: int) -> ServerState:
-        return ServerState(round=0, adapters=adapters, extras=extras, key=seed)
-
     def assign(_state: ServerState, _cohort: Sequence[str]) -> list[ClientTask]:
         return []
 
@@ -40,4 +36,4 @@ def zero_shot(
     ) -> ServerState:
         return replace(state, round=state.round + 1)
 
-    return Strategy(init, assign, aggregate)
+    return Strategy(first_state, assign, aggregate)

@@ -7,8 +7,9 @@ import pytest
 from fslora import __main__ as cli
 from fslora import checkpoint
 from fslora.__main__ import main
-from fslora.config import SimulateConfig, merged, read_settings
+from fslora.config import SimulateConfig
 from fslora.presets import PRESETS
+from fslora.settings import merged, read_settings
 
 
 def flags(settings, **changes):

@@ -24,8 +24,9 @@ from fslora.compare.statistics import difference, ratio, spread, t_quantile, ver
 from fslora.compare.table import check_splits
 from fslora.config import SimulateConfig
 from fslora.data.federated import fingerprints
+from fslora.prepare import prepare
 from fslora.server import NoUsableUpdateError
-from fslora.simulate import Watcher, prepare, simulate
+from fslora.simulate import Watcher, simulate
 
 QUIET = Console(quiet=True)
 

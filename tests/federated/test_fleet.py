@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fslora.clock import check_memory, deal_devices
-from fslora.config import SimulateConfig, merged, read_settings
+from fslora.config import SimulateConfig
 from fslora.devices import COMPUTE, NETWORKS, Fleet, read_fleet
 from fslora.protocol import POOLED
+from fslora.settings import merged, read_settings
 from fslora.simulate import simulate
 
 from .test_devices import device

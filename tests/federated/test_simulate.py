@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fslora import checkpoint
 from fslora.config import SimulateConfig
-from fslora.server import NoUsableUpdateError
-from fslora.simulate import Watcher, prepare, simulate
+from fslora.prepare import prepare
+from fslora.server import DivergedError, NoUsableUpdateError
+from fslora.simulate import Watcher, simulate
 
 
 def records(folder):
@@ -174,6 +175,24 @@ def test_a_hopeless_round_stops_the_run_and_keeps_what_was_done(settings):
     assert (Path(config.out) / "adapter/adapter_model.safetensors").is_file()
     simulate(replace(config, resume=True))
     assert [row["round"] for row in records(config.out)] == [0, 1, 2, 3]
+
+
+def test_a_run_that_diverges_says_so_and_keeps_what_was_done(settings):
+    config = SimulateConfig(**{**settings, "server_lr": 1e30})
+    with pytest.raises(DivergedError, match=r"round 1: the evaluation loss is .* lower --lr"):
+        simulate(config)
+    assert [row["round"] for row in records(config.out)] == [0]
+    assert (Path(config.out) / "adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("fedit", 8), ("fedit-min", 1)])
+def test_classes_are_of_clients_whatever_they_train(settings, strategy, ranks):
+    config = SimulateConfig(**{**settings, "strategy": strategy})
+    summary = simulate(config)
+    taken = [row for row in summary["classes"] if row["participations"]]
+    assert taken
+    assert {row["sketch_size"] for row in taken} == {ranks}
+    assert sum(row["bytes_up"] for row in summary["classes"]) == summary["bytes_up"] > 0
 
 
 def test_classification_trains_and_ships_the_head(settings, tiny_bert, tmp_path):

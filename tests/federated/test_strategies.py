@@ -15,10 +15,11 @@ from fslora.data.tasks import Examples, pooled
 from fslora.engines import sequential
 from fslora.evaluation import evaluate
 from fslora.models import take_state
+from fslora.prepare import prepare
 from fslora.protocol import POOLED, LocalRule
 from fslora.report import write_report
 from fslora.server import run_round
-from fslora.simulate import Watcher, prepare, simulate
+from fslora.simulate import Watcher, simulate
 from fslora.strategies import STRATEGIES, head_only
 
 from .worlds import CLIENTS, assert_same_bits, world

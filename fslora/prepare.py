@@ -1,0 +1,181 @@
+"""From a config to everything that a run needs: data, model, strategy, clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from fslora import evaluation
+from fslora.client import LocalTrainer
+from fslora.clock import Clock, check_memory, deal_devices, step_counter
+from fslora.config import SimulateConfig
+from fslora.data.causal_lm import CausalLM
+from fslora.data.classification import Classification
+from fslora.data.federated import FederatedData, load_federated, validation_split
+from fslora.data.instruction import Instruction
+from fslora.data.rows import read_rows
+from fslora.data.tasks import Examples, Task, pad_id, pooled
+from fslora.models import load_model, load_tokenizer
+from fslora.protocol import POOLED, LocalRule, Strategy
+from fslora.strategies import STRATEGIES
+from fslora_kernels.sampling import sketch_size
+from fslora_kernels.seeds import fold_in
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything of a run that does not change from round to round.
+
+    Attributes:
+        config: its settings.
+        folder: where it is kept.
+        model: fused.
+        data: its evaluation already limited to ``eval_examples``.
+        task: the loss and the metric.
+        strategy: the federated algorithm.
+        ratio_of: client position to sketch ratio.
+    """
+
+    config: SimulateConfig
+    folder: Path
+    model: PeftModel
+    data: FederatedData
+    task: Task
+    strategy: Strategy
+    ratio_of: dict[int, float]
+
+    @property
+    def ratio_of_id(self) -> dict[str, float]:
+        """Client id to sketch ratio."""
+        return {self.data.names[client]: ratio for client, ratio in self.ratio_of.items()}
+
+
+def make_task(config: SimulateConfig) -> Task:
+    """Build the task that a config names."""
+    if config.task == "causal-lm":
+        return CausalLM(config.column_names("text_column"), config.max_length)
+    if config.task == "classification":
+        return Classification(
+            config.column_names("text_column"),
+            config.label_column,
+            config.max_length,
+            config.metric,
+        )
+    return Instruction(
+        config.column_names("prompt_columns"), config.response_column, config.max_length
+    )
+
+
+def deal_ratios(config: SimulateConfig, clients: int) -> dict[int, float]:
+    """Deal clients to the capacity classes evenly, in an order drawn from the seed.
+
+    Returns:
+        Client position to the ratio S/R that its whole number of ranks really is.
+    """
+    order = np.random.default_rng(fold_in(config.seed, "ratios")).permutation(clients)
+    ratios = [sketch_size(config.rank, ratio) / config.rank for ratio in config.ratio_values]
+    return {int(client): ratios[place % len(ratios)] for place, client in enumerate(order)}
+
+
+def prepare(config: SimulateConfig) -> Run:
+    """Load data and model.
+
+    Raises:
+        ValueError: anything about the config, the data or the model that cannot work.
+        FileNotFoundError: a file that is not there.
+        NotImplementedError: the implementation cannot run on the device.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    task = make_task(config)
+    rows = read_rows(config.data, reader=config.reader, header=config.header)
+    evaluation_rows = None
+    if config.eval_data:
+        evaluation_rows = read_rows(
+            config.eval_data, reader=config.reader, header=config.header, split="test"
+        )
+    tokenizer = load_tokenizer(config)
+    data = load_federated(
+        rows,
+        task,
+        tokenizer,
+        scheme=config.partition,
+        clients=config.clients,
+        key=fold_in(config.seed, "partition"),
+        evaluation_rows=evaluation_rows,
+        label_column=config.label_column,
+    )
+    if config.validation:
+        data = validation_split(data, task, fold_in(config.seed, "validation"))
+    examples, groups = evaluation.evenly(
+        data.evaluation, data.evaluation_groups, config.eval_examples
+    )
+    data = replace(data, evaluation=examples, evaluation_groups=groups)
+    model = load_model(config, data.labels, pad_id(tokenizer))
+    if config.fleet is not None:
+        check_memory(config.fleet, model)
+    ratio_of = deal_ratios(config, len(data.names))
+    named = {data.names[client]: ratio for client, ratio in ratio_of.items()}
+    strategy = make_strategy(config, named)
+    return Run(config, Path(config.out), model, data, task, strategy, ratio_of)
+
+
+def make_strategy(config: SimulateConfig, ratio_of: Mapping[str, float]) -> Strategy:
+    """Build the strategy that a config names.
+
+    Args:
+        config: the run.
+        ratio_of: client id to sketch ratio.
+
+    Raises:
+        ValueError: a setting that the strategy does not know.
+    """
+    return STRATEGIES[config.strategy](
+        ratio_of,
+        LocalRule(
+            optimizer=config.optimizer,
+            lr=config.lr,
+            steps=config.local_steps,
+            batch_size=config.batch_size,
+            accumulation=config.accumulation,
+            clip_norm=config.clip_norm,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+        ),
+        server_optimizer=config.server_opt,
+        server_lr=config.server_lr,
+        **config.strategy_options,
+    )
+
+
+def examples_of(run: Run) -> dict[str, Examples]:
+    """Client id to its examples; those of all under ``POOLED`` where a strategy asks for it."""
+    examples = dict(zip(run.data.names, run.data.clients, strict=True))
+    if run.config.strategy == "centralised":
+        examples[POOLED] = pooled(run.data.clients)
+    return examples
+
+
+def make_clock(run: Run, trainer: LocalTrainer) -> Clock | None:
+    """Build the clock of a run's devices, None where it has none.
+
+    Args:
+        run: the run.
+        trainer: what its clients do, for counting operations.
+    """
+    config = run.config
+    if config.fleet is None:
+        return None
+    by_ratio = config.device_order == "by-ratio"
+    return Clock(
+        seed=config.seed,
+        device_of=deal_devices(config.fleet, run.ratio_of_id, config.seed, by_ratio=by_ratio),
+        step_flops=step_counter(trainer, run.data.evaluation),
+        per_round=config.per_round,
+        deadline=config.deadline,
+    )

@@ -1,0 +1,85 @@
+"""Settings from files, and whether a run may be continued with others."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fslora.config import LISTS, SimulateConfig, flag
+
+# What may differ between a run and its continuation without changing a bit of what is learnt.
+_FREE_ON_RESUME = ("rounds", "out", "resume", "targets")
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
+
+
+def merged(config: SimulateConfig | None, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Check values from a file and put them over a config's.
+
+    Args:
+        config: what to start from; None starts from the defaults.
+        values: field names (dashes or underscores) to values; lists may be lists or
+            comma-separated.
+        source: the file, for the message.
+
+    Returns:
+        Keyword arguments for ``SimulateConfig``.
+
+    Raises:
+        ValueError: an unknown field or a value of the wrong type.
+    """
+    types = {item.name: item.type for item in fields(SimulateConfig)}
+    result: dict[str, Any] = {} if config is None else asdict(config)
+    for key, given in values.items():
+        name = key.replace("-", "_")
+        if name not in types:
+            raise ValueError(f"{source}: unknown setting {key!r}; settings are the flags of --help")
+        listed = name in LISTS and isinstance(given, list)
+        value: Any = ",".join(str(item) for item in given) if listed else given
+        if name == "devices" and isinstance(given, list):
+            value = json.dumps(given)
+        wanted = _TYPES.get(str(types[name]), (str,))
+        if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+            raise ValueError(f"{source}: {key} = {value!r} is not of type {types[name]}")
+        result[name] = float(given) if float in wanted else value
+    return result
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a TOML file of settings, or a run's ``config.json``.
+
+    Raises:
+        ValueError: the file is missing or not in its format.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise ValueError(f"cannot read the settings {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
+    return values
+
+
+def continued(saved: SimulateConfig, asked: SimulateConfig) -> SimulateConfig:
+    """Check that a run may be continued as asked.
+
+    Returns:
+        The config to go on with.
+
+    Raises:
+        ValueError: a setting differs that would make the result another one.
+    """
+    before, after = saved.to_json(), asked.to_json()
+    changed = [n for n in before if n not in _FREE_ON_RESUME and before[n] != after[n]]
+    if changed:
+        listed = ", ".join(f"{flag(n)} {after[n]} (was {before[n]})" for n in changed)
+        raise ValueError(
+            f"the run in {asked.out} was started otherwise: {listed}; leave these flags out, or "
+            "start a new run with another --out"
+        )
+    kept = {name: getattr(asked, name) for name in ("rounds", "out", "targets")}
+    return replace(saved, **kept, resume=True)
