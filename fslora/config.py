@@ -15,7 +15,7 @@ _LOWEST = {
     **dict.fromkeys(("clients", "per_round", "rank", "rounds", "local_steps"), 1),
     **dict.fromkeys(("batch_size", "accumulation", "eval_every"), 1),
     **dict.fromkeys(("momentum", "weight_decay", "clip_norm"), 0),
-    **dict.fromkeys(("deadline", "threads", "layers", "eval_examples", "seed"), 0),
+    **dict.fromkeys(("deadline", "threads", "layers", "eval_examples", "train_rows", "seed"), 0),
     "max_length": 2,
     "over_select": 1,
 }
@@ -43,9 +43,10 @@ class SimulateConfig:
 
     Attributes:
         model: Hugging Face model id, a folder, or docs-base (the small model in this package).
-        data: dataset id, folder or file (txt, tsv, csv, json, jsonl, parquet, also .gz), or
-            python-docs (the documentation of the Python that runs this).
+        data: dataset id, folder, pattern such as texts/part_*, or file (txt, tsv, csv, json, jsonl,
+            parquet, also .gz), or python-docs (the documentation of the Python that runs this).
         eval_data: what to judge by; default a tenth of the data, held out.
+        train_rows: deal at most so many rows of the data, evenly spread over it; 0 deals all.
         validation: leave that aside and judge by another tenth, of the clients' own data: for
             choosing settings.
         task: causal-lm (next token), classification, or instruction (loss on the response).
@@ -56,7 +57,8 @@ class SimulateConfig:
         header: whether tsv and csv files start with column names.
         reader: auto, or play for plays in plain text (columns speaker and text).
         metric: score beside the loss, for classification.
-        partition: iid, dirichlet:ALPHA (skewed labels) or natural:COLUMN (one client a value).
+        partition: iid, dirichlet:ALPHA (skewed labels) or natural:COLUMN (one client a value;
+            natural:file is one client a file of a folder).
         clients: how many clients there are.
         per_round: how many train in a round.
         rank: R, rank of the shared adapter.
@@ -98,7 +100,7 @@ class SimulateConfig:
         threads: CPU threads of one matrix product; 0 leaves torch's choice. 1 is best for small
             models, and wherever the cores are shared.
         layers: keep only the base model's first layers; 0 keeps all.
-        eval_every: evaluate every n-th round (and the last).
+        eval_every: evaluate every n-th round (and the last); local-only is evaluated at the end.
         eval_examples: evaluate on at most so many examples, evenly spread; 0 takes all.
         devices: what clients run on, for simulated seconds: COMPUTE:NETWORK=SHARE,… such as
             phone:poor=0.5,laptop:median=0.3,gpu:5g=0.2 (budget-phone, phone, laptop, gpu,
@@ -116,6 +118,7 @@ class SimulateConfig:
     model: str = ""
     data: str = ""
     eval_data: str = ""
+    train_rows: int = 0
     validation: bool = False
     task: Literal["causal-lm", "classification", "instruction"] = "causal-lm"
     text_column: str = "text"
