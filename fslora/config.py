@@ -101,6 +101,8 @@ class SimulateConfig:
             models, and wherever the cores are shared.
         layers: keep only the base model's first layers; 0 keeps all.
         eval_every: evaluate every n-th round (and the last); local-only is evaluated at the end.
+        eval_sketched: evaluate fslora also under sketches like the cohort's, which more than
+            doubles the time of an evaluation.
         eval_examples: evaluate on at most so many examples, evenly spread; 0 takes all.
         devices: what clients run on, for simulated seconds: COMPUTE:NETWORK=SHARE,… such as
             phone:poor=0.5,laptop:median=0.3,gpu:5g=0.2 (budget-phone, phone, laptop, gpu,
@@ -176,6 +178,7 @@ class SimulateConfig:
     threads: int = 0
     layers: int = 0
     eval_every: int = 1
+    eval_sketched: bool = True
     eval_examples: int = 0
     devices: str = ""
     device_order: Literal["by-ratio", "random"] = "by-ratio"

@@ -160,7 +160,8 @@ def _evaluated(run: Run, state: ServerState, record: RoundRecord) -> RoundRecord
     whole = evaluation.evaluate_mean(run.model, states, run.task, examples, size)
     sketched = None
     # No other strategy's clients minimise this loss.
-    if run.config.strategy == "fslora" and run.config.forward == "sketched":
+    minimised = run.config.strategy == "fslora" and run.config.forward == "sketched"
+    if minimised and run.config.eval_sketched:
         sketched = evaluation.evaluate_sketched(
             run.model, state, run.task, examples, size, run.config.ratio_values
         )

@@ -30,7 +30,15 @@ TRACK = (
     ),
     *("per_round", "strategy", "rounds", "local_steps", "batch_size", "accumulation"),
     *("max_length", "seed", "device", "dtype", "implementation", "threads", "layers"),
-    *("eval_every", "eval_examples", "devices", "device_order", "deadline", "over_select"),
+    *(
+        "eval_every",
+        "eval_sketched",
+        "eval_examples",
+        "devices",
+        "device_order",
+        "deadline",
+        "over_select",
+    ),
     *("targets", "out", "resume"),
 )
 
@@ -177,6 +185,7 @@ class CompareConfig:
             strategy=entry.strategy,
             seed=seed,
             threads=self.run.threads or 1,
+            eval_sketched=False,  # only one strategy has it, and no table shows it
             out=str(out),
             resume=(out / "config.json").is_file(),
         )
