@@ -31,7 +31,7 @@ def test_fewer_layers_cost_less_of_everything(capsys, tmp_path):
     assert len(set(steps)) == 1
     sketched, every = rows["S/R = 1/4, sketched forward"], rows["every rank"]
     assert first["upload_bytes"] == sketched["upload_bytes"] == every["upload_bytes"] / 4
-    assert sketched["flops"] < first["flops"] < every["flops"]
+    assert sketched["flops"] < first["flops"] == every["flops"], "the forward has all R ranks"
     assert "CPU time" in capsys.readouterr().out
 
 
