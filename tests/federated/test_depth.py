@@ -73,7 +73,7 @@ def test_what_does_not_go_together_is_refused():
 # --- four layers of one module, without a model
 
 MODULES = [f"layers.{n}.q" for n in (0, 1, 2, 10)]
-BOTH = dict(zip(CLIENTS, (1 / 8, 1 / 2) * 2, strict=True))
+BOTH = dict(zip(CLIENTS, (1 / 8, 1.0) * 2, strict=True))
 
 
 def many_rounds(rounds=250, **options):
