@@ -65,8 +65,8 @@ def mean_update(
         updates: accepted updates in task order, folded one at a time.
         divide_by: "participants"; "count": each rank by how many of them trained it; "inverse":
             by the participants, after each change was divided by the probability with which its
-            rank was drawn (S/R where all are alike). Heads, which all train, are divided by the
-            participants.
+            rank trains in a step (S/R where all are alike). Heads, which all train, are divided
+            by the participants.
 
     Returns:
         The mean change of the factors (zero in ranks that nobody trained) and of the heads.
@@ -84,16 +84,15 @@ def mean_update(
             sketch = sketches[update.client_id][name]
             index = sketch.index
             counts[name][slice(None) if index is None else index] += 1
+            weight = sketch.inverse_probability if divide_by == "inverse" else 1.0
             for rows, change in zip(total[name], delta, strict=True):
                 if not change.shape[0]:  # a factor that is not trained
                     continue
+                weighted = (change * weight).to(change.dtype)
                 if index is None:
-                    rows.add_(change)
-                elif divide_by == "inverse":
-                    weighted = change * sketch.inverse_probability
-                    rows.index_add_(0, index, weighted.to(change.dtype))
+                    rows.add_(weighted)
                 else:
-                    rows.index_add_(0, index, change)
+                    rows.index_add_(0, index, weighted)
         for name, change in update.extras.items():
             heads[name].add_(change)
     for name, pair in total.items():

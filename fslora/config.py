@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 from fslora.devices import Fleet, read_fleet
-from fslora.options import Averaging, Forward, Sampler, check_options
+from fslora.options import Averaging, Forward, Redraw, Sampler, check_options
 
 LISTS = ("ratios", "target_modules", "text_column", "prompt_columns", "targets")
 _LOWEST = {
@@ -19,7 +19,14 @@ _LOWEST = {
     "max_length": 2,
     "over_select": 1,
 }
-_FSLORA_OPTIONS = {"forward": "sketched", "averaging": "participants", "sampler": "uniform"}
+_FSLORA_OPTIONS = {
+    "forward": "sketched",
+    "averaging": "participants",
+    "sampler": "uniform",
+    "redraw": "round",
+    "depth": "all",
+    "depth_min_probability": 0.1,
+}
 
 
 class Target(NamedTuple):
@@ -80,7 +87,14 @@ class SimulateConfig:
         sampler: of fslora, how the sketches of a round go together: uniform (independent),
             balanced (all ranks equally often), nested (smaller in larger), class-shared (one
             sketch for each ratio) or importance (large ranks more often; needs --forward full
-            --averaging inverse).
+            --averaging inverse, or the paper's forward and averaging).
+        redraw: of fslora: a client draws its sketch once a round, or anew in every local step; it
+            then receives, keeps and returns all ranks that any step trains.
+        depth: of fslora: all, or from the top only so many layers as are drawn for each client and
+            round, the others staying as they are: uniform (any number alike) or by-ratio (up to
+            the client's ratio of the layers, seldom more); both need --forward full --averaging
+            inverse. top:K trains the top K layers and never the others: biased.
+        depth_min_probability: how often a layer is trained at least, where depth is drawn.
         rounds: how many rounds.
         local_steps: H, optimizer steps of a client in a round.
         batch_size: examples in a batch.
@@ -159,6 +173,9 @@ class SimulateConfig:
     forward: Forward = "sketched"
     averaging: Averaging = "participants"
     sampler: Sampler = "uniform"
+    redraw: Redraw = "round"
+    depth: str = "all"
+    depth_min_probability: float = 0.1
     rounds: int = 10
     local_steps: int = 10
     batch_size: int = 8
@@ -221,7 +238,7 @@ class SimulateConfig:
                     f"{flag(name)} {value} is an option of fslora, and --strategy is "
                     f"{self.strategy}; leave it out"
                 )
-        check_options(self.forward, self.averaging, self.sampler)
+        check_options(**{name: getattr(self, name) for name in _FSLORA_OPTIONS})
 
     def _check_clock(self) -> None:
         if not self.devices and (self.deadline or self.over_select != 1):

@@ -159,9 +159,9 @@ def _evaluated(run: Run, state: ServerState, record: RoundRecord) -> RoundRecord
     examples, size = run.data.evaluation, run.config.batch_size * 4
     whole = evaluation.evaluate_mean(run.model, states, run.task, examples, size)
     sketched = None
-    # No other strategy's clients minimise this loss.
+    # No others' clients minimise this loss: it is that of sketches drawn uniformly.
     minimised = run.config.strategy == "fslora" and run.config.forward == "sketched"
-    if minimised and run.config.eval_sketched:
+    if minimised and run.config.eval_sketched and run.config.sampler != "importance":
         sketched = evaluation.evaluate_sketched(
             run.model, state, run.task, examples, size, run.config.ratio_values
         )
