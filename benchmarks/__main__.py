@@ -14,6 +14,7 @@ BENCHMARKS = {
     "round": ("benchmarks.round", "a simulated round against a plain PEFT loop, in CPU time"),
     "cost": ("benchmarks.cost", "what a sketch ratio saves a client, and what not: counted"),
     "prototypes": ("benchmarks.prototypes", "two kernels that wait for a GPU, compiled only"),
+    "theory": ("benchmarks.theory.command", "predictions of docs/math.md, and what refutes them"),
     "compiled": ("benchmarks.compiled", "registers and shared memory of every kernel, no GPU"),
     "gpu": ("benchmarks.gpu", "every GPU check in one script; a dry run without a GPU"),
 }
