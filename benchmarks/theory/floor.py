@@ -17,8 +17,8 @@ from fslora.evaluation import effective_rank
 FLOOR = Claim(
     "P5a",
     "sketched training ends where the closed form says: singular values soft-thresholded by "
-    "mean(R/S), so that the whole adapter's error has a floor and BA's rank falls",
-    "confirmed if at every choice of ratios the error is within 10% (or 0.003) of the prediction "
+    "mean(R/S), so that the whole adapter's error has a floor and BA loses rank",
+    "confirmed if at every choice the error is within 10% (or 0.003) of the prediction "
     "and the participation rank within 0.15; refuted if one is off by twice that",
 )
 NO_FLOOR = Claim(
@@ -41,39 +41,44 @@ ORDER = Claim(
     "P6",
     "rounds to a target: full rank ≤ full forward by count < full forward by participants < zero "
     "padding < sketched forward, each at its best step size",
-    "confirmed if the means are in this order, refuted if two neighbours are the other way round in "
-    "every seed",
+    "confirmed if the means are in this order, refuted if two neighbours are the other way round "
+    "in every seed",
 )
 CLAIMS = (FLOOR, NO_FLOOR, RANK, LOSS, ORDER)
 SETS: tuple[Ratios, ...] = ((1.0,), (1 / 2,), (1 / 4,), MIX, (1 / 8,))
-LAST = 0.002  # step size of the last rounds
+LAST = 0.003  # step size of the last rounds
 METHODS = ("fedit", "fslora/full/count", "fslora/full/participants", "hetlora", "fslora")
 
 
 def floor(seed: int, rounds: int) -> Iterator[Finding]:
-    """Train the toy to its end, at falling step sizes; compare with the prediction."""
-    verdicts: list[Verdict] = []
-    parts, wanted, data = [], [], {}
+    """Train the toy to its end, at falling step sizes; compare with the prediction.
+
+    With one local step, as the closed form has it, and with five, which drift from it.
+    """
     ends = {}
-    for ratios in SETS:
-        world = toy(seed, clients=6)
-        values = shrunk(SINGULAR, world.rank, inverse(world, ratios) - 1)
-        predicted = relative_error(values, SINGULAR), participation(values)
-        measured = ends[ratios] = settled(world, ratios, "fslora", rounds)
-        off = max(
-            abs(measured[0] - predicted[0]) / max(0.1 * predicted[0], 0.003),
-            abs(measured[1] - predicted[1]) / 0.15,
-        )
-        verdicts.append("confirmed" if off <= 1 else "refuted" if off > 2 else "undecided")
-        wanted.append(f"{predicted[0]:.3g} and {predicted[1]:.3g} at {named(ratios)}")
-        parts.append(f"{measured[0]:.3g} and {measured[1]:.3g}")
-        data[named(ratios)] = {"predicted": predicted, "measured": measured}
-    yield Finding(FLOOR, "toy", ", ".join(wanted), ", ".join(parts), worst(verdicts), data)
+    for steps in (1, 5):
+        verdicts: list[Verdict] = []
+        parts, wanted, data = [], [], {}
+        for ratios in SETS:
+            world = toy(seed, clients=6, steps=steps)
+            values = shrunk(SINGULAR, world.rank, inverse(world, ratios) - 1)
+            predicted = relative_error(values, SINGULAR), participation(values)
+            measured = ends[ratios] = settled(world, ratios, "fslora", rounds)
+            off = max(
+                abs(measured[0] - predicted[0]) / max(0.1 * predicted[0], 0.003),
+                abs(measured[1] - predicted[1]) / 0.15,
+            )
+            verdicts.append("confirmed" if off <= 1 else "refuted" if off > 2 else "undecided")
+            wanted.append(f"{predicted[0]:.3g} and {predicted[1]:.3g} at {named(ratios)}")
+            parts.append(f"{measured[0]:.3g} and {measured[1]:.3g}")
+            data[named(ratios)] = {"predicted": predicted, "measured": measured}
+        found = ", ".join(wanted), ", ".join(parts), worst(verdicts)
+        yield Finding(FLOOR, f"toy, H = {steps}", *found, data)
     error, rank = settled(toy(seed, clients=6), (1 / 4,), "fslora/full/participants", rounds)
     quotient = error / ends[(1 / 4,)][0]
     yield Finding(
         NO_FLOOR,
-        "toy",
+        "toy, H = 5",
         "error 0, rank as the target's",
         f"error {error:.2g}, rank {rank:.3g} ({quotient:.2g} of the sketched error)",
         "confirmed" if quotient < 0.1 else "refuted" if quotient > 0.5 else "undecided",
@@ -84,7 +89,7 @@ def floor(seed: int, rounds: int) -> Iterator[Finding]:
 def settled(world: World, ratios: Ratios, method: str, rounds: int) -> tuple[float, float]:
     """Return the error and the participation rank, means over the last tenth of the rounds."""
     errors, ranks = [], []
-    for lr, span in ((0.02, rounds), (0.005, rounds), (LAST, rounds // 2)):
+    for lr, span in ((0.03, rounds), (0.01, rounds), (LAST, rounds // 2)):
         strategy = world.strategy(ratios, replace(world.rule, lr=lr), method)
         until = world.first.round + span
         for state, loss in losses(world, strategy, until):

@@ -67,6 +67,19 @@ def _steps(axis: Axes, data: Data) -> None:
     _logarithmic(axis, "sketch ratio S/R", "largest stable step size")
 
 
+def _levels(axis: Axes, data: Data) -> None:
+    inverse = data["mean_inverse"]
+    for name, values in data["levels"].items():
+        mixed = "," in name
+        colour = FULL_RANK if mixed else SKETCHED
+        axis.plot([inverse[name]] * len(values), values, "s" if mixed else "o", color=colour)
+        axis.annotate(name, (inverse[name], max(values)), (0, 6), textcoords="offset points")
+    start = sum(data["levels"]["1"]) / len(data["levels"]["1"])
+    ends = [1, max(inverse.values())]
+    axis.plot(ends, [start * end for end in ends], "--", color=INK, label="∝ mean(R/S)")
+    _logarithmic(axis, "mean(R/S)", "‖∇f^S‖² where it settles")
+
+
 def _rounds(axis: Axes, data: Data) -> None:
     inverse = data["mean_inverse"]
     for name, values in data["rounds"].items():
@@ -177,7 +190,7 @@ def _logarithmic(axis: Axes, x: str, y: str) -> None:
 PANELS: dict[str, Callable[[Axes, Data], None]] = {
     "P1c": _moments,
     "P2": _steps,
-    "P3a": _rounds,
+    "P3a": _levels,
     "P3b": _rounds,
     "P3d": _uplink,
     "P4a": _variance,

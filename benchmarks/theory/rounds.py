@@ -12,7 +12,6 @@ from benchmarks.theory.toy import MODULE, target_of, toy
 from benchmarks.theory.verdicts import (
     Claim,
     Finding,
-    Interval,
     Verdict,
     exponent,
     inside,
@@ -152,11 +151,15 @@ def against_ratios(
         "undecided" if unsure else inside(same, 0.8, 1.25),
         data,
     )
-    yield uplink(counts, worlds[0], setting, note, data)
+    yield uplink(counts, missed, worlds[0], setting, data)
 
 
 def uplink(
-    counts: dict[Ratios, list[int]], world: World, setting: str, note: str, data: dict[str, object]
+    counts: dict[Ratios, list[int]],
+    missed: Sequence[str],
+    world: World,
+    setting: str,
+    data: dict[str, object],
 ) -> Finding:
     """Compare the bytes that clients send until the target, with those at full rank."""
     full = counts[(1.0,)]
@@ -166,15 +169,17 @@ def uplink(
         if r != (1.0,)
     }
     verdicts: list[Verdict] = [
-        "confirmed" if q.low > 1 else "refuted" if q.high < 1 else "undecided"
+        "confirmed" if q.low > 1 else "refuted" if q.high < 1 and not missed else "undecided"
         for q in quotients.values()
     ]
+    if named((1.0,)) in missed:
+        verdicts.append("undecided")
     worst_case = ", ".join(f"{inverse(world, r) * share(r):.3g}" for r in quotients)
     return Finding(
         UPLINK,
         setting,
         f"at least 1; by P3b {worst_case}",
-        ", ".join(f"{q} at {named(r)}" for r, q in quotients.items()) + note,
+        ", ".join(f"{q} at {named(r)}" for r, q in quotients.items()),
         worst(verdicts),
         {**data, "uplink": {named(r): [q.mean, q.low, q.high] for r, q in quotients.items()}},
     )
@@ -189,7 +194,7 @@ def speedup(
     limit: int,
 ) -> Iterator[Finding]:
     """Count rounds on the toy for numbers of clients N and local steps H, at ratio 1/4."""
-    points, data = [], {}
+    points, data = [], dict[str, list[int]]()
     for clients, local in grid:
         found = []
         for seed in seeds:
@@ -198,10 +203,11 @@ def speedup(
             found.append(limit if result is None else result[0])
         points += [(clients * local, number) for number in found]
         data[f"N={clients} H={local}"] = found
-    power: Interval = exponent(*zip(*points, strict=True))
-    yield Finding(
-        SPEEDUP, "toy", "exponent −1", str(power), inside(power, -1.25, -0.75), {"rounds": data}
-    )
+    power = exponent(*zip(*points, strict=True))
+    verdict = inside(power, -1.25, -0.75)
+    if any(limit in found for found in data.values()):
+        verdict = "undecided"
+    yield Finding(SPEEDUP, "toy", "exponent −1", str(power), verdict, {"rounds": data})
 
 
 def named(ratios: Ratios) -> str:
