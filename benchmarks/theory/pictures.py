@@ -37,7 +37,7 @@ def draw(findings: Sequence[Finding], folder: Path) -> list[Path]:
             axes = figure.subplots(1, len(shown), squeeze=False)[0]
             for axis, finding in zip(axes, shown, strict=True):
                 panel(axis, finding.data)
-                axis.set_title(f"{name}, {finding.setting}: {finding.verdict}")
+                axis.set_title(f"{name}, {finding.setting}:\n{finding.verdict}")
             path = folder / f"{name.lower()}.png"
             figure.savefig(path, format="png", dpi=110)
             written.append(path)
@@ -45,14 +45,14 @@ def draw(findings: Sequence[Finding], folder: Path) -> list[Path]:
 
 
 def _moments(axis: Axes, data: Data) -> None:
-    for number, (ratio, values) in enumerate(data.items()):
+    for number, values in enumerate(data.values()):
         spot = [number + 0.3 * (place / len(values) - 0.5) for place in range(len(values))]
         axis.plot(spot, values, ".", color=SKETCHED, markersize=3)
         axis.plot([number], [sum(values) / len(values)], "D", color=FULL_RANK)
-        axis.annotate(f"S/R = {ratio}", (number, 0.02), xycoords=("data", "axes fraction"))
     axis.axhline(1, color=INK, linestyle=":")
-    axis.set_xticks([])
-    axis.set_ylabel("‖sketched gradient‖² / (R/S ‖gradient‖²)")
+    axis.set_xticks(range(len(data)), list(data))
+    axis.set_xlabel("sketch ratio S/R")
+    axis.set_ylabel("‖sketched‖² / (R/S ‖full‖²)")
 
 
 def _steps(axis: Axes, data: Data) -> None:
@@ -73,7 +73,7 @@ def _levels(axis: Axes, data: Data) -> None:
         mixed = "," in name
         colour = FULL_RANK if mixed else SKETCHED
         axis.plot([inverse[name]] * len(values), values, "s" if mixed else "o", color=colour)
-        axis.annotate(name, (inverse[name], max(values)), (0, 6), textcoords="offset points")
+        _name(axis, name, inverse[name], max(values))
     start = sum(data["levels"]["1"]) / len(data["levels"]["1"])
     ends = [1, max(inverse.values())]
     axis.plot(ends, [start * end for end in ends], "--", color=INK, label="∝ mean(R/S)")
@@ -87,7 +87,7 @@ def _rounds(axis: Axes, data: Data) -> None:
         for value in values:
             colour = FULL_RANK if mixed else SKETCHED
             axis.plot([inverse[name]], [value], "s" if mixed else "o", color=colour)
-        axis.annotate(name, (inverse[name], max(values)), (0, 6), textcoords="offset points")
+        _name(axis, name, inverse[name], max(values))
     start = sum(data["rounds"]["1"]) / len(data["rounds"]["1"])
     ends = [1, max(inverse.values())]
     axis.plot(ends, [start * end for end in ends], "--", color=INK, label="∝ mean(R/S)")
@@ -102,7 +102,7 @@ def _uplink(axis: Axes, data: Data) -> None:
         colour = FULL_RANK if "," in name else SKETCHED
         axis.plot([inverse[name]], [mean], "s" if "," in name else "o", color=colour)
         axis.vlines(inverse[name], max(low, mean / 20), min(high, mean * 20), color=colour)
-        axis.annotate(name, (inverse[name], mean), (4, 4), textcoords="offset points")
+        _name(axis, name, inverse[name], mean)
     axis.axhline(1, color=INK, linestyle=":", label="full rank")
     _logarithmic(axis, "mean(R/S)", "uplink to the target / full rank's")
 
@@ -121,7 +121,7 @@ def _speedup(axis: Axes, data: Data) -> None:
         clients, steps = (int(part.split("=")[1]) for part in name.split())
         colour = _COLOURS[steps % len(_COLOURS)]
         axis.plot([clients * steps] * len(values), values, "o", color=colour)
-        axis.annotate(name, (clients * steps, max(values)), (3, 3), textcoords="offset points")
+        _name(axis, name, clients * steps, max(values))
     products = sorted(
         (int(name.split()[0][2:]) * int(name.split()[1][2:]), sum(values) / len(values))
         for name, values in data["rounds"].items()
@@ -176,15 +176,26 @@ def _order(axis: Axes, data: Data) -> None:
     axis.invert_yaxis()
     axis.axvline(data["limit"] + 1, color=TRAINING, linestyle=":")
     axis.set_xlabel("rounds to the target (dotted: never)")
-    axis.set_xscale("log")
+
+
+def _name(axis: Axes, name: str, x: float, y: float) -> None:
+    # Mixed ratios stand below their point: 1/4 and 1/8,1/2,1/2 have the same x.
+    offset = (-6, -14) if "," in name else (-6, 8)
+    axis.annotate(name, (x, y), offset, textcoords="offset points", fontsize=7, ha="right")
 
 
 def _logarithmic(axis: Axes, x: str, y: str) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for scale in (axis.xaxis, axis.yaxis):  # the default's powers are mathematics, which is off
+        scale.set_major_formatter(StrMethodFormatter("{x:g}"))
+        scale.set_minor_formatter(NullFormatter())
     axis.set_xlabel(x)
     axis.set_ylabel(y)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, fontsize=8)
 
 
 PANELS: dict[str, Callable[[Axes, Data], None]] = {
