@@ -57,7 +57,7 @@ def on_toy(effort: Effort, parts: Sequence[str]) -> Iterator[Finding]:
     if "P6" in parts:
         worlds = [toy(seed, steps=2) for seed in range(effort.seeds)]
         yield from floor.order(
-            worlds, (1 / 8, 1 / 4, 1 / 2, 1.0), 0.02, _grid(0.32, 4, 2.0), effort.toy_rounds
+            worlds, (1 / 8, 1 / 4, 1 / 2, 1.0), 0.02, _grid(0.32, 3, 2.0), effort.toy_rounds // 3
         )
 
 

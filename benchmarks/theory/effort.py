@@ -34,5 +34,5 @@ class Effort:
         return {"effort": asdict(self)}
 
 
-FULL = Effort(3, 20_000, 100, 16, 6, 400, 9, 40)
+FULL = Effort(3, 20_000, 100, 16, 6, 300, 6, 40)
 QUICK = Effort(2, 5_000, 40, 8, 5, 150, 6, 10)
