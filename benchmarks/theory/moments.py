@@ -82,15 +82,18 @@ def sampling(draws: int, rank: int = 16) -> Iterator[Finding]:
 
 
 def gradient(world: World, draws: int, rounds: int, lr: float) -> Iterator[Finding]:
-    """Check the rows of a sketched gradient and its mean square, after some training."""
+    """Check the rows of a sketched gradient and its mean square, after some training.
+
+    One step of size 1: a smaller one would lose small gradients in the rounding of the factors.
+    """
     state = trained(world, rounds, lr)
-    (whole, *_) = tasks_of(world, state, (1.0,), 0, lr=1e-2, steps=1)
+    (whole, *_) = tasks_of(world, state, (1.0,), 0, lr=1.0, steps=1)
     reference = square(world.client(whole).delta)
     exact, verdicts, parts, data = True, [], [], {}
     for ratio in RATIOS:
         squares = []
         for draw in range(draws):
-            (task, *_) = tasks_of(world, state, (ratio,), draw, lr=1e-2, steps=1)
+            (task, *_) = tasks_of(world, state, (ratio,), draw, lr=1.0, steps=1)
             update = world.client(replace(task, key=whole.key))
             squares.append(square(update.delta) / reference * ratio)
             exact &= all(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.theory.closed_forms import minimiser, sketched_objective
-from benchmarks.theory.toy import MODULE, target_of, toy
+from benchmarks.theory.toy import MODULE, starting, target_of, toy
 from benchmarks.theory.verdicts import (
     Claim,
     Finding,
@@ -77,8 +77,7 @@ def noise_level(seeds: Sequence[int], noise: float, lr: float, rounds: int) -> I
         for seed in seeds:
             world = toy(seed, clients=6, noise=noise, spread=0.0)
             excess, target = inverse(world, ratios) - 1, target_of(seed)
-            least = LoRAWeights(*minimiser(target, world.rank, excess, seed))
-            world = replace(world, first=replace(world.first, adapters={MODULE: least}))
+            world = starting(world, LoRAWeights(*minimiser(target, world.rank, excess, seed)))
             strategy = world.strategy(ratios, replace(world.rule, lr=lr))
             squares = [
                 gradient_square(state, target, excess)

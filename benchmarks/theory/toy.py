@@ -8,7 +8,7 @@ against ``LocalTrainer`` on a fused layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -107,3 +107,8 @@ def toy(
     first = ServerState(round=0, adapters=adapters, extras={}, key=seed)
     rule = LocalRule(optimizer="sgd", lr=0.01, steps=steps)
     return World("toy", seed, names, first, client, loss, rule)
+
+
+def starting(world: World, factors: LoRAWeights) -> World:
+    """Return the toy with other first factors."""
+    return replace(world, first=replace(world.first, adapters={MODULE: factors}))
