@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from math import exp, log
+from math import exp, isinf, log
 
 from benchmarks.theory.closed_forms import minimiser, participation, relative_error, shrunk
 from benchmarks.theory.rounds import MIX, best, named
@@ -112,7 +112,7 @@ def settled(
         until += span
         errors, ranks = [], []
         for state, loss in losses(world, strategy, until):
-            if state.round > until - span // 3:
+            if state.round > until - span // 3 or isinf(loss):
                 errors.append(loss)
                 ranks.append(effective_rank([state]))
         world = replace(world, first=state)
