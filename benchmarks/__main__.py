@@ -16,6 +16,7 @@ BENCHMARKS = {
     "protocol": ("benchmarks.protocol", "all strategies on real data, as docs/results.md has it"),
     "depth": ("benchmarks.depth", "what training the upper layers alone spares a client"),
     "prototypes": ("benchmarks.prototypes", "two kernels that wait for a GPU, compiled only"),
+    "theory": ("benchmarks.theory.command", "predictions of docs/math.md, and what refutes them"),
     "compiled": ("benchmarks.compiled", "registers and shared memory of every kernel, no GPU"),
     "gpu": ("benchmarks.gpu", "every GPU check in one script; a dry run without a GPU"),
 }
