@@ -64,7 +64,7 @@ BAD_TOML = {
     "device = 1": "one [[device]] table",
     "[[device]]\ncompute = 'phone'\nshare = 1": "lacks down_bits_per_second, up_bits",
     "[[device]]\ncompute = 'phone'\nnetwork = '5g'": "device phone:5g lacks share",
-    "[[device]]\ncompute = 'phone'\nnetwork = '5g'\nshare = 1\nwatts = 3": "has no 'watts'",
+    "[[device]]\ncompute = 'phone'\nnetwork = '5g'\nshare = 1\nvolts = 3": "has no 'volts'",
     "[[device]]\ncompute = 'phone'\nnetwork = '5g'\nshare = '1'": "share = '1' is not a number",
     "[[device]]\ncompute = 'phone'\nnetwork = '5g'\nshare = 1\njitter = -1": "jitter must not be",
     "[[device]]\ncompute = 'phone'\nnetwork = '5g'\nshare = 1\ndropout = 1": "dropout below 1",
