@@ -1,0 +1,98 @@
+"""Pilot runs: short simulations at uniform ratios and at a mixture, with seeds of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from fslora import checkpoint
+from fslora.config import SimulateConfig, Target
+from fslora.plan.bound import Curve
+from fslora.plan.settings import PlanConfig
+from fslora.server import RoundRecord
+from fslora.simulate import Watcher, simulate
+from fslora_kernels.seeds import fold_in
+
+_DEFAULTS = {"devices": "", "deadline": 0.0, "over_select": 1.0, "targets": "", "eval_every": 1}
+
+
+class _ReachedError(Exception):
+    """Ends a run that has reached what it was for."""
+
+
+def pilots_of(config: PlanConfig) -> list[SimulateConfig]:
+    """The pilot runs of a plan: no devices, so that one set serves every fleet."""
+    run, sizes = config.run, config.pilot_sizes
+    folder = Path(config.pilots or Path(run.out) / "pilots")
+    mixtures = [(size,) for size in sizes] + [(sizes[0], sizes[-1])]
+    return [
+        replace(
+            run,
+            **_DEFAULTS,
+            ratios=",".join(repr(size / run.rank) for size in mixture),
+            rounds=config.pilot_rounds or run.rounds,
+            seed=fold_in(run.seed, "pilot", number),
+            out=str(folder / f"{number}-{'-'.join(map(str, mixture))}"),
+            resume=False,
+        )
+        for number in range(config.pilot_seeds)
+        for mixture in mixtures
+    ]
+
+
+def run_to(
+    config: SimulateConfig, target: Target, on_round: Callable[[], None] = lambda: None
+) -> list[dict[str, object]]:
+    """Run or continue a simulation until it reaches a target or its last round.
+
+    Returns:
+        Its records, up to the first evaluated round at the target.
+
+    Raises:
+        StoppedRunError: it diverged.
+        ValueError: the folder holds another run.
+    """
+    folder = Path(config.out)
+    begun = (folder / checkpoint.RECORDS_FILE).is_file()
+    records = checkpoint.read_records(folder) if begun else []
+
+    def watch(record: RoundRecord) -> None:
+        on_round()
+        if reached(record.to_json(), target):
+            raise _ReachedError
+
+    done = any(reached(record, target) for record in records)
+    if not done and len(records) <= config.rounds:
+        resume = (folder / "config.json").is_file()
+        try:
+            simulate(replace(config, resume=resume), Watcher(on_round=watch))
+        except _ReachedError:
+            pass
+        records = checkpoint.read_records(folder)
+    last = next((n for n, record in enumerate(records) if reached(record, target)), len(records))
+    return records[: last + 1]
+
+
+def reached(record: dict[str, object], target: Target) -> bool:
+    """Whether an evaluation is at the target or beyond."""
+    value = record[f"eval_{target.figure}"]
+    if not isinstance(value, float):
+        return False
+    return value <= target.value if target.figure == "loss" else value >= target.value
+
+
+def curve_of(config: SimulateConfig, target: Target, on_round: Callable[[], None]) -> Curve:
+    """Run a pilot and return its curve."""
+    records = run_to(config, target, on_round)
+    used = [
+        client["ratio"]
+        for record in records
+        for client in record["clients"]  # type: ignore[attr-defined]
+        if client["rejected"] is None
+    ]
+    ratios, counts = np.unique(np.array(used), return_counts=True)
+    values = [record[f"eval_{target.figure}"] for record in records]
+    return Curve(ratios, counts / counts.sum(), np.array(values, dtype=np.float64))
