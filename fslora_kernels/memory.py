@@ -44,7 +44,7 @@ def saved_storages(known: set[int]) -> Iterator[dict[int, int]]:
         yield saved
 
 
-class AliveBytes(TorchDispatchMode):
+class AliveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every storage that an operation makes until it is freed, on any device.
 
     Scratch space inside one operation is not seen.
@@ -56,7 +56,7 @@ class AliveBytes(TorchDispatchMode):
 
     def __init__(self, known: set[int]) -> None:
         """Start at zero; ``known`` are addresses that existed before and do not count."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self.now = 0
         self._known = known

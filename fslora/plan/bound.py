@@ -1,21 +1,20 @@
 """Rounds to a target as the convergence bound has them, fitted to pilot runs.
 
-The bound's leading term grows with the mean inverse ratio: a run's rounds are in proportion to
+The bound's leading term grows with the mean inverse ratio. With a client's effort
 
-    effort = mean over participants of eᵢ,    eᵢ = a + b R/Sᵢ.
+    e(S) = 1 + β (R/S - 1),        e(R) = 1,
 
-All runs are taken to follow one curve in rounds over effort, from where they start to where they
-would end,
+a run needs, to come to any level of its loss or score, rounds in proportion to its clients' mean
+effort. So two runs that differ in ratios alone have the same curve in rounds over effort, and the
+pilots need not say more of it than when each comes to which level.
 
-    value(t) = end + (start - end) (1 + t / effort)^(-p).
-
-Two questions are left to the pilots instead of being assumed. Does the inverse ratio matter? b may
+Two questions are left to the pilots instead of being assumed. Does the inverse ratio matter? β may
 come out as 0, or negative: then small sketches are free. And how do unequal clients add up? The
-effort of a mixed cohort is the power mean of order q of its eᵢ: q = 1 is the bound; at q = -1 the
-clients' speeds 1/eᵢ add up, and one slow learner does not hold up the others.
+mean is the power mean of order q: q = 1 is the bound; at q = -1 the clients' speeds 1/e add up,
+and slow learners do not hold up the others.
 
-Source: arXiv 2501.19389, the theorem on convergence, for the mean inverse ratio; the curve and the
-power mean are ours.
+Source: arXiv 2501.19389, the theorem on convergence, for the mean inverse ratio; the power mean is
+ours.
 """
 
 from __future__ import annotations
@@ -31,7 +30,8 @@ from fslora_kernels.seeds import fold_in
 
 Floats = NDArray[np.float64]
 
-_MIXING = (-3.0, 3.0)
+_LEVELS = 16
+_MIXING = (-4.0, 4.0)
 _DRAWS = 32
 
 
@@ -49,122 +49,139 @@ class Curve:
     shares: Floats
     values: Floats
 
+    def rounds_to(self, levels: Floats) -> Floats:
+        """Rounds until it first was at each level, a straight line between rounds; nan: never."""
+        falling = levels[-1] < self.values[0]
+        best = np.minimum.accumulate(self.values if falling else -self.values)
+        wanted = levels if falling else -levels
+        after = np.searchsorted(-best, -wanted)
+        ends = np.clip(after, 1, len(best) - 1)
+        high, low = best[ends - 1], best[ends]
+        step = (high - wanted) / np.where(high > low, high - low, 1.0)
+        return np.where(after < len(best), ends - 1 + step, np.nan)
+
 
 @dataclass(frozen=True, slots=True)
-class Bound:
-    """Rounds as a function of ratios.
+class Effort:
+    """How many times the rounds of full rank a run needs.
 
     Attributes:
-        end: the figure after infinitely many rounds.
-        power: p, how fast the curve falls.
-        fixed: a, in rounds.
-        inverse: b, in rounds.
+        inverse: β, per unit of R/S.
         mixing: q, order of the mean over unequal clients.
     """
 
-    end: float
-    power: float
-    fixed: float
     inverse: float
     mixing: float = 1.0
 
-    def effort(self, ratios: Floats, shares: Floats) -> float:
+    def __call__(self, ratios: Floats, shares: Floats) -> float:
         """The effort of clients with these ratios, of which each has its share."""
-        each = self.fixed + self.inverse / ratios
-        if abs(self.mixing) < 1e-6:
-            return float(np.exp(np.sum(shares * np.log(each))))
-        return float(np.sum(shares * each**self.mixing) ** (1 / self.mixing))
-
-    def values(self, start: float, rounds: Floats, effort: float) -> Floats:
-        """The figure after so many rounds."""
-        left: Floats = (1 + rounds / effort) ** -self.power
-        return self.end + (start - self.end) * left
-
-    def rounds_to(self, start: float, target: float, effort: float) -> float:
-        """Rounds until the figure is at the target; infinite where it ends before it."""
-        left = (target - self.end) / (start - self.end)
-        return effort * (min(left, 1.0) ** (-1 / self.power) - 1) if left > 0 else float("inf")
+        logs = np.log1p(self.inverse * (1 / ratios - 1))
+        mean = float(shares @ logs)
+        if abs(self.mixing) < 1e-4:  # the power mean's limit, and its slope
+            return float(np.exp(mean + self.mixing / 2 * (shares @ (logs - mean) ** 2)))
+        total = shares @ np.exp(self.mixing * (logs - mean))
+        return float(np.exp(mean + np.log(total) / self.mixing))
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The bound with the pilots' constants, and how sure they are.
+    """The pilots' constants, and how sure they are.
 
     Attributes:
-        best: least squares.
-        draws: the same fitted to the curves with each run's residuals as they are or turned
-            around, all or 32 such choices.
+        best: least squares of the logarithm of rounds.
+        draws: the same fitted with each run's residuals as they are or turned around.
+        levels: [levels] of the figure, the last one the target.
+        full_rounds: [levels] that full rank needs to each.
+        full_draws: [draws, levels] the same of each draw.
         start: mean figure before training.
-        deviation: root mean square of the residuals.
+        deviation: root mean square of the residuals: relative error of rounds.
     """
 
-    best: Bound
-    draws: tuple[Bound, ...]
+    best: Effort
+    draws: tuple[Effort, ...]
+    levels: Floats
+    full_rounds: Floats
+    full_draws: Floats
     start: float
     deviation: float
 
-    def rounds_to(self, target: float, ratios: Floats, shares: Floats) -> float:
-        """Predicted rounds to a target."""
-        return self.best.rounds_to(self.start, target, self.best.effort(ratios, shares))
+    def rounds(self, ratios: Floats, shares: Floats) -> float:
+        """Predicted rounds to the target."""
+        return float(self.full_rounds[-1]) * self.best(ratios, shares)
 
-    def interval(self, target: float, ratios: Floats, shares: Floats) -> tuple[float, float]:
+    def interval(self, ratios: Floats, shares: Floats) -> tuple[float, float]:
         """The 5th and 95th percentile of the predicted rounds over the draws."""
-        found = [
-            bound.rounds_to(self.start, target, bound.effort(ratios, shares))
-            for bound in self.draws
-        ]
-        low, high = np.percentile(found, [5, 95], method="nearest")
-        return float(low), float(high)
+        whole = zip(self.draws, self.full_draws[:, -1], strict=True)
+        return _interval([rounds * effort(ratios, shares) for effort, rounds in whole])
+
+    def values(self, rounds: Floats, effort: float) -> Floats:
+        """The predicted figure after so many rounds, down to the target."""
+        at = np.concatenate([[0.0], self.full_rounds])
+        found: Floats = np.interp(rounds / effort, at, np.concatenate([[self.start], self.levels]))
+        return found
 
     def slowdown(self, ratio: float) -> tuple[float, float, float]:
         """Rounds at a ratio over those at full rank: fitted, 5th and 95th percentile."""
-
-        def over(bound: Bound) -> float:
-            return (bound.fixed + bound.inverse / ratio) / (bound.fixed + bound.inverse)
-
-        low, high = np.percentile([over(bound) for bound in self.draws], [5, 95], method="nearest")
-        return over(self.best), float(low), float(high)
+        every = [1 + effort.inverse * (1 / ratio - 1) for effort in (self.best, *self.draws)]
+        return every[0], *_interval(every[1:])
 
     def mixing(self) -> tuple[float, float, float]:
         """The order of the mean over unequal clients: fitted, 5th and 95th percentile."""
-        orders = [bound.mixing for bound in self.draws]
-        low, high = np.percentile(orders, [5, 95], method="nearest")
-        return self.best.mixing, float(low), float(high)
+        return self.best.mixing, *_interval([effort.mixing for effort in self.draws])
 
 
-def fit(curves: Sequence[Curve], seed: int) -> Fit:
-    """Fit the bound's constants to pilot runs by least squares.
+def fit(curves: Sequence[Curve], target: float, rank: int, seed: int) -> Fit:
+    """Fit the effort's constants to pilot runs by least squares.
+
+    Compared are the rounds to 16 levels from halfway to the target on.
 
     Args:
         curves: of at least two different uniform ratios; without one of unequal clients q is 1.
+        target: value of the figure that is to be reached; at least one pilot reached it.
+        rank: R: no effort may be negative down to S = 1.
         seed: which residuals are turned around, where there are too many choices to take all.
 
     Raises:
-        ValueError: the pilots say nothing about ratios, or did not learn.
+        ValueError: the pilots do not say what is asked of them.
 
     Source: Cameron, Gelbach and Miller, "Bootstrap-based improvements for inference with clustered
     errors", 2008: the wild cluster bootstrap, a run being a cluster.
     """
-    uniform = {float(c.ratios[0]) for c in curves if len(c.ratios) == 1}
-    if len(uniform) < 2:
-        raise ValueError("pilots of two different uniform ratios are needed, such as 1/8,1")
-    values = np.concatenate([curve.values[1:] for curve in curves])
-    starts = [curve.values[0] for curve in curves]
-    start = float(np.mean(starts))
-    falling = np.median(values) < start
-    if max(abs(values.min() - start), abs(values.max() - start)) < 1e-9:
-        raise ValueError("the pilots learnt nothing: raise --lr, or give them more --pilot-rounds")
-    mixed = any(len(curve.ratios) > 1 for curve in curves)
-    problem = _Problem(tuple(curves), 1 / min(uniform), falling=bool(falling), mixed=mixed)
-    fitted, theta = problem.solve(values, problem.guesses(values))
-    predicted = problem.predict(theta)
-    residuals = values - predicted
-    lengths = [len(curve.values) - 1 for curve in curves]
-    draws = []
+    start = float(np.mean([curve.values[0] for curve in curves]))
+    levels = np.linspace((start + target) / 2, target, _LEVELS)
+    with np.errstate(divide="ignore"):
+        logs = np.log(np.array([curve.rounds_to(levels) for curve in curves]))
+    known = np.isfinite(logs)
+    if not known[:, -1].any():
+        reached = [curve.values.min() if target < start else curve.values.max() for curve in curves]
+        raise ValueError(
+            f"no pilot reaches {target:g}, the best comes to {min(reached):.3f}: raise "
+            "--pilot-rounds, or take an easier --targets or another --lr"
+        )
+    used = [curve for curve, own in zip(curves, known.any(axis=1), strict=True) if own]
+    if len({float(curve.ratios[0]) for curve in used if len(curve.ratios) == 1}) < 2:
+        raise ValueError(
+            "fewer than two pilots of uniform ratios come halfway to the target: raise "
+            "--pilot-rounds, or take larger --pilot-ratios"
+        )
+    problem = _Problem(tuple(curves), known, rank)
+    theta = problem.solve(logs, [(one, q) for one in (1.0, 3.0) for q in (-1.0, 1.0)])
+    predicted = problem.predict(theta, logs)
+    residuals = np.where(known, logs - predicted, 0.0)
+    effort, full = problem.effort(theta), problem.full(theta, logs)
+    draws, full_draws = [], []
     for signs in _signs(len(curves), seed):
-        turned = predicted + np.repeat(signs, lengths) * residuals
-        draws.append(problem.solve(turned, [theta])[0])
-    return Fit(fitted, tuple(draws), start, float(np.sqrt(np.mean(residuals**2))))
+        turned = np.where(known, predicted + np.array(signs)[:, None] * residuals, np.nan)
+        again = problem.solve(turned, [(float(theta[0]), float(theta[1]))])
+        draws.append(problem.effort(again))
+        full_draws.append(problem.full(again, turned))
+    deviation = float(np.sqrt(np.mean(residuals[known] ** 2)))
+    return Fit(effort, tuple(draws), levels, full, np.array(full_draws), start, deviation)
+
+
+def _interval(found: Sequence[float]) -> tuple[float, float]:
+    low, high = np.percentile(found, [5, 95], method="nearest")
+    return float(low), float(high)
 
 
 def _signs(runs: int, seed: int) -> list[tuple[float, ...]]:
@@ -176,66 +193,58 @@ def _signs(runs: int, seed: int) -> list[tuple[float, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """Least squares over θ: log distance of the end from the best value, log p, log efforts at
-    ratios 1 and the lowest, which keeps all efforts between them positive, and q.
+    """Least squares over θ = (log effort at S = 1, q); the levels' own rounds follow from it.
+
+    Attributes:
+        curves: of the pilots.
+        known: [runs, levels] which were reached.
+        rank: R.
     """
 
     curves: tuple[Curve, ...]
-    most: float
-    falling: bool
-    mixed: bool
+    known: NDArray[np.bool_]
+    rank: int
 
-    def bound(self, theta: Floats) -> Bound:
+    def effort(self, theta: Floats) -> Effort:
         """The constants that θ stands for."""
-        one, many = np.exp(theta[2]), np.exp(theta[3])
-        inverse = (many - one) / (self.most - 1)
-        values = np.concatenate([curve.values for curve in self.curves])
-        beyond = np.exp(theta[0])
-        end = values.min() - beyond if self.falling else values.max() + beyond
-        mixing = float(theta[4]) if self.mixed else 1.0
-        constants = map(float, (end, np.exp(theta[1]), one - inverse, inverse))
-        return Bound(*constants, mixing)
+        mixed = any(len(curve.ratios) > 1 for curve in self.curves)
+        inverse = np.expm1(theta[0]) / max(self.rank - 1, 1)
+        return Effort(float(inverse), float(theta[1]) if mixed else 1.0)
 
-    def predict(self, theta: Floats) -> Floats:
-        """All curves at θ, one after another, round 0 left out."""
-        bound = self.bound(theta)
-        return np.concatenate(
-            [
-                bound.values(
-                    curve.values[0],
-                    np.arange(1.0, len(curve.values)),
-                    bound.effort(curve.ratios, curve.shares),
-                )
-                for curve in self.curves
-            ]
-        )
+    def full(self, theta: Floats, logs: Floats) -> Floats:
+        """Rounds of full rank to each level: what the runs agree on best."""
+        found: Floats = np.exp(self._levels(self._efforts(theta), logs))
+        return np.maximum.accumulate(found)
 
-    def guesses(self, values: Floats) -> list[Floats]:
-        """Where to begin."""
-        spread = float(np.ptp([*values, self.curves[0].values[0]]))
-        rounds = max(len(curve.values) for curve in self.curves)
-        return [
-            np.array([np.log(0.3 * spread), np.log(p), np.log(one), np.log(one * more), 0.0])
-            for p in (0.5, 1.5)
-            for one in (rounds / 30, rounds / 3)
-            for more in (1.0, 5.0)
-        ]
+    def predict(self, theta: Floats, logs: Floats) -> Floats:
+        """Logarithm of rounds [runs, levels]."""
+        efforts = self._efforts(theta)
+        predicted: Floats = efforts[:, None] + self._levels(efforts, logs)
+        return predicted
 
-    def solve(self, values: Floats, guesses: Sequence[Floats]) -> tuple[Bound, Floats]:
-        """Fit values from each guess; the best of them."""
+    def solve(self, logs: Floats, guesses: Sequence[tuple[float, float]]) -> Floats:
+        """Fit the logarithm of rounds from each guess; the best of them."""
         from scipy.optimize import least_squares
 
-        spread = float(np.ptp([*values, self.curves[0].values[0]]))
-        log = np.log
-        low = np.array([log(1e-3 * spread), log(0.1), log(1e-2), log(1e-2), _MIXING[0]])
-        high = np.array([log(3 * spread), log(10.0), log(1e5), log(1e5), _MIXING[1]])
+        most = np.log(4 * self.rank)
         found = [
             least_squares(
-                lambda theta: self.predict(theta) - values,
-                np.clip(guess, low + 1e-6, high - 1e-6),
-                bounds=(low, high),
+                lambda theta: (self.predict(theta, logs) - logs)[self.known],
+                np.clip(guess, (-1.99, _MIXING[0]), (most, _MIXING[1])),
+                bounds=((-2.0, _MIXING[0] - 0.1), (most + 0.1, _MIXING[1] + 0.1)),
             )
             for guess in guesses
         ]
-        best = min(found, key=lambda one: one.cost)
-        return self.bound(best.x), best.x
+        best: Floats = min(found, key=lambda one: one.cost).x
+        return best
+
+    def _efforts(self, theta: Floats) -> Floats:
+        effort = self.effort(theta)
+        return np.log([effort(curve.ratios, curve.shares) for curve in self.curves])
+
+    def _levels(self, efforts: Floats, logs: Floats) -> Floats:
+        """Mean over the runs that reached a level of their rounds over their effort."""
+        over = np.where(self.known, logs - efforts[:, None], 0.0)
+        reached = np.maximum(self.known.sum(axis=0), 1)
+        means: Floats = over.sum(axis=0) / reached
+        return means

@@ -83,10 +83,10 @@ class Cohorts:
         )
 
     def _by_class(self, weight: NDArray[np.generic]) -> Floats:
-        totals: Floats = np.bincount(
-            self.member.ravel(), weights=weight.ravel().astype(np.float64), minlength=self.classes
-        )
-        return totals / len(self.member)
+        weights = weight.ravel().astype(np.float64)
+        totals = np.bincount(self.member.ravel(), weights=weights, minlength=self.classes)
+        means: Floats = totals / len(self.member)
+        return means
 
 
 def draw_cohorts(
@@ -107,7 +107,9 @@ def draw_cohorts(
     member = generator.permuted(np.tile(population, (_DRAWS, 1)), axis=1)[:, :cohort]
 
     def figure(name: str) -> Floats:
-        return np.array([getattr(device, name) for device in fleet.devices])[member]
+        of_class: Floats = np.array([getattr(device, name) for device in fleet.devices])
+        of_member: Floats = of_class[member]
+        return of_member
 
     uniform = generator.random((2, *member.shape))
     sigma = figure("jitter")

@@ -132,7 +132,8 @@ def round_bytes(trainer: LocalTrainer, task: ClientTask) -> int:
     short = replace(task, local=replace(task.local, steps=2, accumulation=1), residual={})
     with AliveBytes(addresses(there)) as alive:
         trainer(short)
-    return sum(tensor.nbytes for tensor in there) + alive.peak
+    peak: int = alive.peak
+    return sum(tensor.nbytes for tensor in there) + peak
 
 
 def _longest(examples: Examples, count: int) -> Examples:

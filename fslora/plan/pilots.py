@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +17,6 @@ from fslora.plan.settings import PlanConfig
 from fslora.server import RoundRecord
 from fslora.simulate import Watcher, simulate
 from fslora_kernels.seeds import fold_in
-
-_DEFAULTS = {"devices": "", "deadline": 0.0, "over_select": 1.0, "targets": "", "eval_every": 1}
 
 
 class _ReachedError(Exception):
@@ -31,7 +31,11 @@ def pilots_of(config: PlanConfig) -> list[SimulateConfig]:
     return [
         replace(
             run,
-            **_DEFAULTS,
+            devices="",
+            deadline=0.0,
+            over_select=1.0,
+            targets="",
+            eval_every=1,
             ratios=",".join(repr(size / run.rank) for size in mixture),
             rounds=config.pilot_rounds or run.rounds,
             seed=fold_in(run.seed, "pilot", number),
@@ -45,7 +49,7 @@ def pilots_of(config: PlanConfig) -> list[SimulateConfig]:
 
 def run_to(
     config: SimulateConfig, target: Target, on_round: Callable[[], None] = lambda: None
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Run or continue a simulation until it reaches a target or its last round.
 
     Returns:
@@ -67,16 +71,14 @@ def run_to(
     done = any(reached(record, target) for record in records)
     if not done and len(records) <= config.rounds:
         resume = (folder / "config.json").is_file()
-        try:
+        with suppress(_ReachedError):
             simulate(replace(config, resume=resume), Watcher(on_round=watch))
-        except _ReachedError:
-            pass
         records = checkpoint.read_records(folder)
     last = next((n for n, record in enumerate(records) if reached(record, target)), len(records))
     return records[: last + 1]
 
 
-def reached(record: dict[str, object], target: Target) -> bool:
+def reached(record: dict[str, Any], target: Target) -> bool:
     """Whether an evaluation is at the target or beyond."""
     value = record[f"eval_{target.figure}"]
     if not isinstance(value, float):
@@ -90,7 +92,7 @@ def curve_of(config: SimulateConfig, target: Target, on_round: Callable[[], None
     used = [
         client["ratio"]
         for record in records
-        for client in record["clients"]  # type: ignore[attr-defined]
+        for client in record["clients"]
         if client["rejected"] is None
     ]
     ratios, counts = np.unique(np.array(used), return_counts=True)

@@ -86,3 +86,39 @@ class PlanConfig:
         except (ValueError, ZeroDivisionError):
             raise ValueError(f"--pilot-ratios {self.pilot_ratios!r} are no numbers") from None
         return tuple(sorted({sketch_size(self.run.rank, ratio) for ratio in ratios}))
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeConfig:
+    """Measure the machine that this runs on, and write it as a [[device]] table for --devices.
+
+    Times real local steps of the run that the flags describe, and looks at the free memory. What
+    it cannot see from here are the network and the watts: give them.
+
+    Attributes:
+        run: what is to be trained; of its ratios the first is timed.
+        name: of the class.
+        share: of the clients that have such a machine.
+        down_mbit: megabits a second, server to client.
+        up_mbit: megabits a second, client to server.
+        rtt_ms: milliseconds of a round trip.
+        watts: drawn while it takes part; 0 where nobody knows.
+        seconds: how long to measure.
+        table: TOML file that the table is appended to.
+    """
+
+    run: SimulateConfig
+    name: str = "this-machine"
+    share: float = 1.0
+    down_mbit: float = 60.0
+    up_mbit: float = 10.0
+    rtt_ms: float = 28.0
+    watts: float = 0.0
+    seconds: float = 10.0
+    table: str = "devices.toml"
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, each by its flag."""
+        for name in ("share", "down_mbit", "up_mbit", "seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive")

@@ -62,7 +62,6 @@ class Problem:
         fleet: the classes.
         cohorts: drawn once for all choices.
         fit: rounds to a target.
-        target: value of the figure that was fitted.
         goal: what to spend least of.
         feasible: sizes that each class can have, ascending.
     """
@@ -71,7 +70,6 @@ class Problem:
     fleet: Fleet
     cohorts: Cohorts
     fit: Fit
-    target: float
     goal: Goal
     feasible: tuple[Sizes, ...]
 
@@ -83,11 +81,10 @@ class Problem:
         mean = self.cohorts.mean_round(compute, rest)
         ratios = np.array(sizes) / self.costs.rank
         if not mean.shares.any():
-            return Outlook(sizes, *[math.inf] * 7, asked=tuple(mean.asked))
-        rounds = self.fit.rounds_to(self.target, ratios, mean.shares)
-        low, high = (rounds, rounds)
-        if interval:
-            low, high = self.fit.interval(self.target, ratios, mean.shares)
+            never = [math.inf] * 7
+            return Outlook(sizes, *never, asked=tuple(mean.asked))  # type: ignore[misc,arg-type]
+        rounds = self.fit.rounds(ratios, mean.shares)
+        low, high = self.fit.interval(ratios, mean.shares) if interval else (rounds, rounds)
         down = np.array([self.costs.down_bytes(size) for size in sizes])
         up = np.array([self.costs.up_bytes(size) for size in sizes])
         watts = np.array([device.watts for device in devices])
@@ -143,7 +140,7 @@ def solve(problem: Problem, seed: int, *, enumerated: int = _ENUMERATED) -> Solu
         enumerated: up to so many choices are all compared.
 
     Raises:
-        ValueError: no choice reaches the target.
+        ValueError: no answer could ever be used.
     """
     choices = math.prod(map(len, problem.feasible))
     exact = choices <= enumerated
@@ -153,10 +150,9 @@ def solve(problem: Problem, seed: int, *, enumerated: int = _ENUMERATED) -> Solu
         best = _evolve(problem, seed)
     outlook = problem.outlook(best)
     if not math.isfinite(outlook.cost(problem.goal)):
-        end = problem.fit.best.end
         raise ValueError(
-            f"no choice of ratios reaches {problem.target:g}: by the pilots the figure ends at "
-            f"about {end:.3f}; take an easier --targets, another --lr, or more --pilot-rounds"
+            "whatever the ratios, no answer would be used: nobody is available, or all are too "
+            "late; raise --deadline or the devices' availability"
         )
     return Solution(outlook, exact)
 
