@@ -1,7 +1,8 @@
 """What a round costs one client: operations, bytes and memory, counted on the real model.
 
 Each figure is a straight line in the sketch size S, because the adapter's products, leaves,
-gradients and moments are. So two counted rounds, at S = 1 and S = R, give it at every S.
+gradients and moments are. So two counted rounds, at S = 1 and S = R, give it at every S. (With the
+full forward the memory is a few per cent off between: at S = R no frozen ranks are held.)
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Costs:
         memory_bytes: most alive at once, the base model included.
         memory_bytes_of_one: the same at batch size 1.
         weight_bytes: of the frozen base in its dtype.
+        weights_halve: whether bfloat16 would halve them: the base is in float32.
         layer_bytes: of one of its repeated layers; 0 where none are found.
         layers: how many of them there are.
     """
@@ -64,6 +66,7 @@ class Costs:
     memory_bytes: Line
     memory_bytes_of_one: Line
     weight_bytes: float
+    weights_halve: bool
     layer_bytes: float
     layers: int
 
@@ -112,6 +115,7 @@ def count_costs(run: Run) -> Costs:
             )
         ),
         weight_bytes=sum(parameter.nbytes for parameter in base if not parameter.requires_grad),
+        weights_halve=config.dtype == "float32",
         layer_bytes=layer_bytes,
         layers=layers,
     )

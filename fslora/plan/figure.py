@@ -50,15 +50,15 @@ def _trade_off(axes: Axes, plan: Plan) -> None:
     for one in uniform[:: max(1, len(uniform) - 1)]:
         ratio = format_ratio(max(one.sizes) / problem.costs.rank)
         at = (one.seconds / second, one.moved_bytes / byte)
-        axes.annotate(ratio, at, (6, 5), textcoords="offset points", color=FULL_RANK)
+        axes.annotate(ratio, at, (6, 8), textcoords="offset points", color=FULL_RANK)
     axes.plot(*points([plan.most]), "s", color=_MOST, markersize=8, label="each class its most")
     axes.plot(*points([best]), "*", color=_PLANNED, markersize=15, label="planned")
     axes.set(
         xlabel=f"time to the target ({second_name})",
         ylabel=f"moved until then ({byte_name})",
-        title="What a choice of ratios is predicted to cost",
-        xscale="log",
-        yscale="log",
+        title="Predicted cost of the choices",
+        xlim=(0, None),
+        ylim=(0, None),
     )
     axes.legend()
 
@@ -66,14 +66,14 @@ def _trade_off(axes: Axes, plan: Plan) -> None:
 def _curves(axes: Axes, plan: Plan) -> None:
     fit, target = plan.problem.fit, plan.config.target
     rows = [
-        ("planned", plan.solution.outlook, _PLANNED),
-        ("best uniform", plan.uniform, FULL_RANK),
-        ("each its most", plan.most, _MOST),
+        ("planned", plan.solution.outlook, _PLANNED, "-"),
+        ("each class its most", plan.most, _MOST, "-"),
+        ("best ratio for all", plan.uniform, FULL_RANK, "--"),
     ]
-    finite = [row.seconds for _, row, _ in rows if math.isfinite(row.seconds)]
+    finite = [row.seconds for _, row, *_ in rows if math.isfinite(row.seconds)]
     longest = max(finite)
     unit, name = time_unit(longest)
-    for label, row, colour in rows:
+    for label, row, colour, style in rows:
         if not math.isfinite(row.seconds):
             continue
         # To the target and not beyond: a pilot says nothing of what comes after it.
@@ -82,12 +82,12 @@ def _curves(axes: Axes, plan: Plan) -> None:
             fit.values(times / row.round_seconds, rounds / fit.full_rounds[-1])
             for rounds in (row.rounds_low, row.rounds, row.rounds_high)
         )
-        axes.plot(times / unit, middle, color=colour, label=label)
+        axes.plot(times / unit, middle, style, color=colour, label=label)
         axes.fill_between(times / unit, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.axhline(target.value, color="#8a8a8a", linestyle=":")
     axes.set(
         xlabel=f"simulated time ({name})",
         ylabel=target.figure,
-        title="Predicted from the pilots, with the 5th to 95th percentile",
+        title="Predicted curves, 5th to 95th percentile",
     )
     axes.legend()

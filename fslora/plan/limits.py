@@ -80,14 +80,14 @@ def _memory_remedy(costs: Costs, device: Device) -> str:
     has = device.memory_bytes
     what = "its frozen base alone takes" if costs.weight_bytes > has else "training at S = 1 takes"
     shown = costs.weight_bytes if costs.weight_bytes > has else need
-    half = costs.weight_bytes / 2
+    half = costs.weight_bytes / 2 if costs.weights_halve else 0.0
     fits = (
         ("lower --batch-size, down to 1, and raise --accumulation instead", least <= has),
         (f"--dtype bfloat16 (about {format_bytes(need - half)})", need - half <= has),
         (_fewer_layers(costs, need, has, 1.0), _layers_that_fit(costs, need, has, 1.0) > 0),
         (
             f"--dtype bfloat16 with {_fewer_layers(costs, need - half, has, 0.5)}",
-            _layers_that_fit(costs, need - half, has, 0.5) > 0,
+            half > 0 and _layers_that_fit(costs, need - half, has, 0.5) > 0,
         ),
     )
     remedy = next((text for text, enough in fits if enough), "leave it out of --devices")

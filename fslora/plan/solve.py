@@ -174,7 +174,8 @@ def _evolve(problem: Problem, seed: int) -> Sizes:
         integrality=[True] * len(feasible),
         x0=[own.index(size) for own, size in zip(feasible, start, strict=True)],
         popsize=20,
-        maxiter=300,
+        maxiter=100,
+        tol=0.0,  # until all of the population agree
         polish=False,
         rng=np.random.default_rng(fold_in(seed, "evolution")),
     )
