@@ -5,12 +5,17 @@ stand operations and bytes counted at each ratio; the peak of resident memory of
 that trains, over what it held before it loaded the model (everything imported and warm by a tiny
 model of the same kind); and CPU seconds of its rounds, predicted from the operations at the rate
 that the process shows at S/R = 1/4.
+
+The process gives memory back to the system as soon as it is freed (MALLOC_MMAP_THRESHOLD_, which
+glibc otherwise raises as it goes): predicted is what is alive, not what an allocator keeps.
+``--keep`` measures with glibc's own habit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -93,15 +98,16 @@ def _status(field: str) -> float:
     return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def measure(config: SimulateConfig, name: str) -> list[CostRow]:
-    """Predict, count and measure one model at every size."""
+def measure(config: SimulateConfig, name: str, *, keep: bool) -> list[CostRow]:
+    """Predict, count and measure one model at every size; ``keep``: as glibc keeps memory."""
     run = prepare(config)
     costs = count_costs(run)
     command = [sys.executable, "-m", "benchmarks", "plan", "--child"]
     found = {}
+    environment = {**os.environ, **({} if keep else {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)})}
     for size in SIZES:
         one = [*command, json.dumps(asdict(config)), "--size", str(size)]
-        done = subprocess.run(one, check=True, capture_output=True, text=True)
+        done = subprocess.run(one, check=True, capture_output=True, text=True, env=environment)
         found[size] = json.loads(done.stdout.splitlines()[-1])
     rate = costs.flops(_PROBED) / found[_PROBED]["seconds"]
     rows = []
@@ -190,6 +196,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks plan", description=__doc__)
     parser.add_argument("--out", type=Path, help="append the rows to this JSONL file")
+    parser.add_argument("--keep", action="store_true", help="with glibc's own memory habits")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
@@ -197,9 +204,14 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(child(chosen.child, chosen.size)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        rows = [row for name, config in workloads(Path(folder)) for row in measure(config, name)]
+        rows = [
+            row
+            for name, config in workloads(Path(folder))
+            for row in measure(config, name, keep=chosen.keep)
+        ]
     print(table(rows))
     if chosen.out:
         for row in rows:
-            append_record(chosen.out, {"benchmark": "plan", **provenance(), **asdict(row)})
+            record = {"benchmark": "plan", "keep": chosen.keep, **provenance(), **asdict(row)}
+            append_record(chosen.out, record)
     return 0

@@ -99,10 +99,11 @@ def test_a_plan_is_made_kept_and_simulated(asked, tmp_path, capsys):
     assert {c["device"]: c["ratio"] for c in clients} == ratio
     for device in found["classes"]:
         own = [c for c in clients if c["device"] == device["device"]]
-        assert {c["sim_compute_seconds"] for c in own} == {pytest.approx(device["compute_seconds"])}
-        assert {c["sim_seconds"] for c in own} == {pytest.approx(device["seconds"])}
-        assert {c["bytes_up"] for c in own} == {device["bytes_up"]}
-    resumed = ["simulate", "--config", str(out / "plan.toml"), f"--out={planned}", "--resume=True"]
+        for name in ("compute_seconds", "seconds"):
+            wanted = [device[name]] * len(own)
+            assert [client[f"sim_{name}"] for client in own] == pytest.approx(wanted)
+        assert {client["bytes_up"] for client in own} == {device["bytes_up"]}
+    resumed = ["simulate", "--config", str(out / "plan.toml"), f"--out={planned}", "--resume"]
     assert main(resumed) == 0
 
 
