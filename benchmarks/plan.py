@@ -119,10 +119,7 @@ def measure(config: SimulateConfig, name: str, *, keep: bool) -> list[CostRow]:
                 model=name,
                 size=size,
                 memory=(costs.memory_bytes(size), found[size]["memory"]),
-                flops=(
-                    costs.flops(size),
-                    batches * step_counter(trainer, run.data.evaluation)(task),
-                ),
+                flops=(costs.flops(size), counted),
                 down_bytes=(costs.down_bytes(size), sum(download_bytes(task))),
                 up_bytes=(costs.up_bytes(size), sum(upload_bytes(task))),
                 seconds=(costs.flops(size) / rate, found[size]["seconds"]),
