@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import cleandoc
 from pathlib import Path
 from typing import TypeVar
@@ -171,7 +171,12 @@ def _probe(arguments: Sequence[str]) -> None:
 
 
 def _around_a_run(name: str, kind: type[Config], out: str, arguments: Sequence[str]) -> Config:
-    """Read the flags of a command whose config holds a run's as ``run``."""
+    """Read the flags of a command whose config holds a run's as ``run``.
+
+    A file's settings go before the flags as flags: alone they need not make a valid config.
+    """
+    from dataclasses import asdict
+
     import tyro
 
     from fslora.config import SimulateConfig
@@ -187,13 +192,21 @@ def _around_a_run(name: str, kind: type[Config], out: str, arguments: Sequence[s
         run = SimulateConfig(**merged(run, read_settings(chosen.config), str(chosen.config)))
     config: Config = tyro.cli(
         tyro.conf.OmitArgPrefixes[kind],  # type: ignore[valid-type,misc]
-        args=[f"--out={out}", *flags],
-        default=tyro.MISSING_NONPROP if run is None else kind(run=run),  # type: ignore[call-arg]
+        args=[*_as_flags({} if run is None else asdict(run)), f"--out={out}", *flags],
         prog=f"fslora {name}",
         description=f"{cleandoc(kind.__doc__ or '').split('Attributes:')[0].strip()}\n\n"
         "--preset NAME or --config FILE.toml takes the run's settings, as for fslora simulate.",
     )
     return config
+
+
+def _as_flags(values: Mapping[str, object]) -> list[str]:
+    given = []
+    for name, value in values.items():
+        dashed = name.replace("_", "-")
+        switch = f"--{dashed}" if value else f"--no-{dashed}"
+        given.append(switch if isinstance(value, bool) else f"--{dashed}={value}")
+    return given
 
 
 def _join(folders: Sequence[str], flags: Sequence[str]) -> None:

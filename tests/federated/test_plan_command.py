@@ -147,6 +147,18 @@ def test_bad_plans_are_refused_by_their_flag(asked, what):
         PlanConfig(run=run, **own)
 
 
+def test_a_plan_takes_a_file_of_settings_and_flags_over_it(asked, tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    lines = [
+        f"{name} = {value!r}" for name, value in asked.items() if name not in ("devices", "out")
+    ]
+    path.write_text("\n".join([*lines, "rslora = true", "header = false"]))
+    out = f"--out={tmp_path / 'plan'}"
+    given = ["plan", f"--config={path}", f"--devices={asked['devices']}", "--deadline=1e-3", out]
+    assert main(given) == 2
+    assert "far phone: a round at S = 1 takes" in capsys.readouterr().err
+
+
 def test_a_probe_writes_a_device_that_a_fleet_takes(settings, tmp_path, capsys):
     table = tmp_path / "devices.toml"
     probing = flags(settings, name="mine", table=table, seconds=0.01, up_mbit=5, share=0.5)
