@@ -104,6 +104,7 @@ def figures_of(plan: Plan) -> dict[str, Any]:
         "planned": _plain(plan.solution.outlook),
         "best_uniform": _plain(plan.uniform),
         "each_its_most": _plain(plan.most),
+        "uniform": [_plain(problem.outlook(sizes)) for sizes in problem.uniform()],
         "classes": [
             {
                 "device": device.name,
