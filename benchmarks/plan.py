@@ -85,7 +85,7 @@ def child(settings: str, size: int) -> dict[str, float]:
     baseline = _status("VmRSS")
     trainer, task = task_at(prepare(config), size)
     seconds = []
-    for _ in range(4):
+    for _ in range(3):
         start = process_time()
         trainer(task)
         seconds.append(process_time() - start)
