@@ -15,7 +15,7 @@ from fslora.config import SimulateConfig, Target
 from fslora.plan.bound import Curve
 from fslora.plan.settings import PlanConfig
 from fslora.server import RoundRecord
-from fslora.simulate import Watcher, simulate
+from fslora.simulate import Watcher, checked_folder, simulate
 from fslora_kernels.seeds import fold_in
 
 
@@ -36,6 +36,7 @@ def pilots_of(config: PlanConfig) -> list[SimulateConfig]:
             over_select=1.0,
             targets="",
             eval_every=1,
+            eval_sketched=False,
             ratios=",".join(repr(size / run.rank) for size in mixture),
             rounds=config.pilot_rounds or run.rounds,
             seed=fold_in(run.seed, "pilot", number),
@@ -60,6 +61,7 @@ def run_to(
         ValueError: the folder holds another run.
     """
     folder = Path(config.out)
+    config = checked_folder(replace(config, resume=(folder / "config.json").is_file()))
     begun = (folder / checkpoint.RECORDS_FILE).is_file()
     records = checkpoint.read_records(folder) if begun else []
 
@@ -70,9 +72,8 @@ def run_to(
 
     done = any(reached(record, target) for record in records)
     if not done and len(records) <= config.rounds:
-        resume = (folder / "config.json").is_file()
         with suppress(_ReachedError):
-            simulate(replace(config, resume=resume), Watcher(on_round=watch))
+            simulate(config, Watcher(on_round=watch))
         records = checkpoint.read_records(folder)
     last = next((n for n, record in enumerate(records) if reached(record, target)), len(records))
     return records[: last + 1]

@@ -93,6 +93,8 @@ def test_a_plan_is_made_kept_and_simulated(asked, tmp_path, capsys):
     assert main(["plan", *given]) == 0
     assert (out / "plan.toml").read_text() == first
     assert {path: path.stat().st_mtime for path in pilots} == pilots, "no pilot was repeated"
+    assert main(["plan", *given, "--lr=1e-3"]) == 2, "the pilots are of another learning rate"
+    assert "was started otherwise: --lr 0.001 (was 0.03)" in capsys.readouterr().err
     planned = tmp_path / "planned"
     assert main(["simulate", "--config", str(out / "plan.toml"), f"--out={planned}"]) == 0
     clients = [c for row in checkpoint.read_records(planned) for c in row["clients"]]
