@@ -52,9 +52,8 @@ def run_pilots(config: PlanConfig, console: Console) -> Fit:
     curves = []
     with console.status("") as status:
         for number, pilot in enumerate(pilots, start=1):
-            where = f"pilot {number} of {len(pilots)}, ratios {pilot.ratios}"
-            status.update(where)
-            curves.append(curve_of(pilot, config.target, lambda: None))
+            status.update(f"pilot {number} of {len(pilots)}, ratios {pilot.ratios}")
+            curves.append(curve_of(pilot, config.target))
     key = fold_in(config.run.seed, "fit")
     return fit(curves, config.target.value, config.run.rank, key)
 

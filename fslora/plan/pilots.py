@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -48,9 +47,7 @@ def pilots_of(config: PlanConfig) -> list[SimulateConfig]:
     ]
 
 
-def run_to(
-    config: SimulateConfig, target: Target, on_round: Callable[[], None] = lambda: None
-) -> list[dict[str, Any]]:
+def run_to(config: SimulateConfig, target: Target) -> list[dict[str, Any]]:
     """Run or continue a simulation until it reaches a target or its last round.
 
     Returns:
@@ -66,7 +63,6 @@ def run_to(
     records = checkpoint.read_records(folder) if begun else []
 
     def watch(record: RoundRecord) -> None:
-        on_round()
         if reached(record.to_json(), target):
             raise _ReachedError
 
@@ -87,9 +83,9 @@ def reached(record: dict[str, Any], target: Target) -> bool:
     return value <= target.value if target.figure == "loss" else value >= target.value
 
 
-def curve_of(config: SimulateConfig, target: Target, on_round: Callable[[], None]) -> Curve:
+def curve_of(config: SimulateConfig, target: Target) -> Curve:
     """Run a pilot and return its curve."""
-    records = run_to(config, target, on_round)
+    records = run_to(config, target)
     used = [
         client["ratio"]
         for record in records

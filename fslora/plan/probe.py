@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import replace
+import tomllib
+from dataclasses import asdict, replace
 from math import log
 from pathlib import Path
 from time import perf_counter
@@ -103,20 +103,13 @@ def free_bytes(device: torch.device) -> float:
 
 
 def table_of(device: Device) -> str:
-    """A device as a [[device]] table, its zeros left out."""
+    """A device as a [[device]] table, without a ratio that it has not."""
     import tomli_w
 
-    values = {name: value for name, value in _figures(device).items() if value or name != "ratio"}
+    values = {name: value for name, value in asdict(device).items() if value or name != "ratio"}
     return f"[[device]]\n{tomli_w.dumps(values)}\n"
 
 
-def _figures(device: Device) -> dict[str, object]:
-    from dataclasses import asdict
-
-    return asdict(device)
-
-
-def _names(path: Path) -> Sequence[str]:
-    import tomllib
-
-    return [str(t.get("name")) for t in tomllib.loads(path.read_text()).get("device", [])]
+def _names(path: Path) -> list[str]:
+    tables = tomllib.loads(path.read_text(encoding="utf-8")).get("device", [])
+    return [str(table.get("name")) for table in tables]
