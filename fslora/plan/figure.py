@@ -57,8 +57,8 @@ def _trade_off(axes: Axes, plan: Plan) -> None:
         xlabel=f"time to the target ({second_name})",
         ylabel=f"moved until then ({byte_name})",
         title="Predicted cost of the choices",
-        xlim=(0, None),
-        ylim=(0, None),
+        xlim=(0, 1.12 * max(one.seconds for one in shown) / second),
+        ylim=(0, 1.2 * max(one.moved_bytes for one in shown) / byte),
     )
     axes.legend()
 
