@@ -119,9 +119,9 @@ def test_a_fleet_from_a_file_is_kept_whole(settings, tmp_path):
 
 def test_clients_of_a_device_with_a_ratio_of_its_own_have_it(settings):
     both = {"network": "5g", "share": 0.5}
-    tables = [{"compute": "gpu", **both, "ratio": 1.0}, {"compute": "phone", **both, "ratio": 0.25}]
+    tables = [{"compute": "gpu", **both, "ratio": 0.25}, {"compute": "phone", **both, "ratio": 1.0}]
     config = SimulateConfig(**{**settings, "ratios": "1/8,1/4,1/2", "devices": json.dumps(tables)})
-    assert config.ratio_values == (1.0, 0.25)
+    assert config.ratio_values == (0.25, 1.0)
     names = [f"author {n}" for n in range(6)]
     ratios = dict(zip(names, deal_ratios(config, names).values(), strict=True))
     dealt = dealt_devices(config, config.fleet, ratios)
