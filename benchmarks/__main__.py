@@ -15,6 +15,8 @@ BENCHMARKS = {
     "cost": ("benchmarks.cost", "what a sketch ratio saves a client, and what not: counted"),
     "protocol": ("benchmarks.protocol", "all strategies on real data, as docs/results.md has it"),
     "depth": ("benchmarks.depth", "what training the upper layers alone spares a client"),
+    "plan": ("benchmarks.plan", "the planner's costs: predicted against counted and measured"),
+    "plan-fleets": ("benchmarks.plan_fleets", "plans against the best single ratio, five fleets"),
     "prototypes": ("benchmarks.prototypes", "two kernels that wait for a GPU, compiled only"),
     "theory": ("benchmarks.theory.command", "predictions of docs/math.md, and what refutes them"),
     "compiled": ("benchmarks.compiled", "registers and shared memory of every kernel, no GPU"),
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stream = sys.stderr if wrong else sys.stdout
     print("usage: python -m benchmarks NAME [flags]   (NAME --help explains them)\n", file=stream)
     for name, (_, line) in BENCHMARKS.items():
-        print(f"  {name:<10} {line}", file=stream)
+        print(f"  {name:<12} {line}", file=stream)
     if wrong:
         print(f"\nthere is no benchmark {given[0]!r}", file=stream)
     return 2 if wrong else 0

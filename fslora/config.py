@@ -19,6 +19,7 @@ _LOWEST = {
     "max_length": 2,
     "over_select": 1,
 }
+_RATIOS = "1/8,1/4,1/2"
 _FSLORA_OPTIONS = {
     "forward": "sketched",
     "averaging": "participants",
@@ -74,7 +75,7 @@ class SimulateConfig:
         lora_dropout: dropout on the adapter's input.
         target_modules: layers to adapt, by the end of their names, comma-separated, or all-linear.
         ratios: sketch ratios S/R of the capacity classes, comma-separated, such as 1/8,1/4,1/2;
-            clients are dealt to the classes evenly.
+            clients are dealt to the classes evenly, unless --devices has ratios of its own.
         strategy: fslora; hetlora, flexlora, flora or fed-plora, which also give each client the
             ranks of its ratio; fedit, ffa-lora, rolora or fedex-lora, all clients at rank R;
             fedit-min or fedit-max, all at the lowest or highest ratio; or as references zero-shot
@@ -152,7 +153,7 @@ class SimulateConfig:
     rslora: bool = False
     lora_dropout: float = 0.0
     target_modules: str = "all-linear"
-    ratios: str = "1/8,1/4,1/2"
+    ratios: str = _RATIOS
     strategy: Literal[
         "fslora",
         "fedit",
@@ -249,10 +250,17 @@ class SimulateConfig:
                 f"clients a round, and there are {self.clients}; lower it or raise --clients"
             )
         _ = self.fleet, self.target_values  # refuse what cannot be read before anything is loaded
+        listed = ",".join(map(str, self.ratio_values))
+        if self.ratios not in (listed, _RATIOS) and self.fleet and any(self.fleet.ratios):
+            raise ValueError(
+                f"the devices have ratios of their own, {listed}: leave out --ratios {self.ratios}"
+            )
 
     @property
     def ratio_values(self) -> tuple[float, ...]:
-        """The sketch ratios as numbers."""
+        """The sketch ratios as numbers; the devices' own where they have some."""
+        if self.fleet is not None and any(self.fleet.ratios):
+            return self.fleet.ratios
         try:
             return tuple(float(Fraction(part.strip())) for part in self.ratios.split(","))
         except (ValueError, ZeroDivisionError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from fslora.data.federated import FederatedData, load_federated, validation_spli
 from fslora.data.instruction import Instruction
 from fslora.data.rows import read_rows
 from fslora.data.tasks import Examples, Task, pad_id, pooled
+from fslora.devices import Device, Fleet
 from fslora.models import load_model, load_tokenizer
 from fslora.protocol import POOLED, LocalRule, Strategy
 from fslora.strategies import STRATEGIES
@@ -71,15 +72,30 @@ def make_task(config: SimulateConfig) -> Task:
     )
 
 
-def deal_ratios(config: SimulateConfig, clients: int) -> dict[int, float]:
+def deal_ratios(config: SimulateConfig, names: Sequence[str]) -> dict[int, float]:
     """Deal clients to the capacity classes evenly, in an order drawn from the seed.
+
+    Where the devices have ratios of their own, each client has its device's.
 
     Returns:
         Client position to the ratio S/R that its whole number of ranks really is.
     """
-    order = np.random.default_rng(fold_in(config.seed, "ratios")).permutation(clients)
+    if config.fleet is not None and any(config.fleet.ratios):
+        device_of = dealt_devices(config, config.fleet, dict.fromkeys(names, 1.0))
+        own = [device_of[name].ratio for name in names]
+        return {n: sketch_size(config.rank, ratio) / config.rank for n, ratio in enumerate(own)}
+    order = np.random.default_rng(fold_in(config.seed, "ratios")).permutation(len(names))
     ratios = [sketch_size(config.rank, ratio) / config.rank for ratio in config.ratio_values]
     return {int(client): ratios[place % len(ratios)] for place, client in enumerate(order)}
+
+
+def dealt_devices(
+    config: SimulateConfig, fleet: Fleet, ratio_of: Mapping[str, float]
+) -> dict[str, Device]:
+    """Deal a fleet to clients; one with ratios of its own as to clients that are all alike."""
+    alike = dict.fromkeys(ratio_of, 1.0) if any(fleet.ratios) else ratio_of
+    by_ratio = config.device_order == "by-ratio"
+    return deal_devices(fleet, alike, config.seed, by_ratio=by_ratio)
 
 
 def prepare(config: SimulateConfig) -> Run:
@@ -122,7 +138,7 @@ def prepare(config: SimulateConfig) -> Run:
     model = load_model(config, data.labels, pad_id(tokenizer))
     if config.fleet is not None:
         check_memory(config.fleet, model)
-    ratio_of = deal_ratios(config, len(data.names))
+    ratio_of = deal_ratios(config, data.names)
     named = {data.names[client]: ratio for client, ratio in ratio_of.items()}
     strategy = make_strategy(config, named)
     return Run(config, Path(config.out), model, data, task, strategy, ratio_of)
@@ -174,10 +190,9 @@ def make_clock(run: Run, trainer: LocalTrainer) -> Clock | None:
     config = run.config
     if config.fleet is None:
         return None
-    by_ratio = config.device_order == "by-ratio"
     return Clock(
         seed=config.seed,
-        device_of=deal_devices(config.fleet, run.ratio_of_id, config.seed, by_ratio=by_ratio),
+        device_of=dealt_devices(config, config.fleet, run.ratio_of_id),
         step_flops=step_counter(trainer, run.data.evaluation),
         per_round=config.per_round,
         deadline=config.deadline,

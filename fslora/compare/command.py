@@ -45,7 +45,8 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         config.of_run(entry, seed, {}) for entry in config.entries for seed in config.seed_values
     ]
     for run in (*trials, *planned):
-        ratios = {str(client): ratio for client, ratio in deal_ratios(run, run.clients).items()}
+        names = [str(client) for client in range(run.clients)]
+        ratios = {names[client]: ratio for client, ratio in deal_ratios(run, names).items()}
         make_strategy(run, ratios)  # refused now, and not after hours
     with _bar(console, "searching", trials) as on_round:
         tried = search(config, on_round)
