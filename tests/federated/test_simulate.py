@@ -38,6 +38,8 @@ def test_a_run_leaves_what_the_readme_says(settings):
     summary = simulate(config, Watcher(on_round=lambda record: seen.append(record.round)))
     folder = Path(config.out)
     assert sorted(os.listdir(folder)) == [
+        ".lock",
+        ".lock.owner",
         "adapter",
         "checkpoint",
         "config.json",
