@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fslora_kernels
-from fslora.data.tasks import Batch, Examples, Task
+from fslora.data.tasks import Batch, Examples, Objective
 from fslora.lowrank import stack, tail_norm
 from fslora.protocol import Adapters, ClientTask, ClientUpdate, Extras, LocalRule, LoRAWeights
 from fslora.residual import applied
@@ -36,7 +36,7 @@ class LocalTrainer:
     """
 
     model: nn.Module
-    task: Task
+    task: Objective
     data: Mapping[str, Examples]
 
     def __call__(self, task: ClientTask) -> ClientUpdate:
@@ -90,11 +90,11 @@ class LocalTrainer:
         for _ in range(rule.steps):
             for parameter in parameters:
                 parameter.grad = None
-            for _ in range(rule.accumulation):
+            for batch, parts in _parts(self.task, batches, rule):
                 if frozen:
                     whole = {name: stack([leaves[name], frozen[name]]) for name in frozen}
                     fslora_kernels.bind(self.model, {**leaves, **whole}, scale=task.scale)
-                loss = self.task.loss(self.model, next(batches)) / rule.accumulation
+                loss = self.task.loss(self.model, batch) / parts
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
             if rule.penalty:
@@ -141,6 +141,22 @@ def _batches(examples: Examples, size: int, key: int) -> Iterator[Batch]:
             order = torch.cat([order, torch.randperm(len(examples), generator=generator)])
         rows, order = order[:size], order[size:]
         yield examples.take(rows)
+
+
+def _parts(
+    task: Objective, batches: Iterator[Batch], rule: LocalRule
+) -> Iterator[tuple[Batch, float]]:
+    """Yield what one step is computed on, and what each mean loss is to be divided by."""
+    for _ in range(rule.accumulation):
+        batch = next(batches)
+        if rule.pieces == 1:
+            yield batch, rule.accumulation
+            continue
+        whole = float(task.supervised(batch))
+        for rows in torch.arange(len(batch["labels"])).tensor_split(rule.pieces):
+            piece = {name: tensor[rows] for name, tensor in batch.items()}
+            if supervised := float(task.supervised(piece)):
+                yield piece, rule.accumulation * whole / supervised
 
 
 def payload_bytes(adapters: Adapters, extras: Extras) -> tuple[int, int]:

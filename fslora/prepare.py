@@ -178,4 +178,5 @@ def make_clock(run: Run, trainer: LocalTrainer) -> Clock | None:
         step_flops=step_counter(trainer, run.data.evaluation),
         per_round=config.per_round,
         deadline=config.deadline,
+        slow=config.fault_values.slow,
     )

@@ -15,6 +15,7 @@ from fslora.client import LocalTrainer
 from fslora.config import SimulateConfig
 from fslora.data.federated import fingerprints
 from fslora.engines import sequential
+from fslora.guard import Guarded
 from fslora.models import put_state, take_state
 from fslora.prepare import Run, examples_of, make_clock, prepare
 from fslora.protocol import ServerState
@@ -72,7 +73,7 @@ def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
         state,
         run.strategy,
         sequential,
-        trainer,
+        Guarded(trainer, config.seed, config.fault_values),
         run.data.names,
         per_round=config.cohort_size,
         until=config.rounds,

@@ -22,7 +22,7 @@ TRACK = (
     *("per_round", "strategy", "rounds", "local_steps", "batch_size", "accumulation"),
     *("max_length", "seed", "device", "dtype", "implementation", "threads", "layers"),
     *("eval_every", "eval_examples", "devices", "device_order", "deadline", "over_select"),
-    *("targets", "out", "resume"),
+    *("faults", "targets", "out", "resume"),
 )
 
 
