@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from fslora.data.tasks import Batch, Examples, Objective
 from fslora.lowrank import stack, tail_norm
 from fslora.protocol import Adapters, ClientTask, ClientUpdate, Extras, LocalRule, LoRAWeights
 from fslora.residual import applied
+from fslora_kernels.nn.fuse import FusedLayers, fused_layers
 from fslora_kernels.seeds import fold_in
 
 
@@ -25,7 +27,7 @@ def heads(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: the walk through the model is kept
 class LocalTrainer:
     """A ``ClientFn``: trains on one resident fused model, one client at a time.
 
@@ -41,20 +43,20 @@ class LocalTrainer:
 
     def __call__(self, task: ClientTask) -> ClientUpdate:
         """Train for the task's local steps and return the change, on the CPU."""
-        device = next(self.model.parameters()).device
+        device, layers, own_heads = self._resident
         examples = self.data[task.client_id]
         leaves = {name: _leaves(pair, task.local, device) for name, pair in task.adapters.items()}
-        head = {name: p for name, p in heads(self.model).items() if name in task.extras}
+        head = {name: p for name, p in own_heads.items() if name in task.extras}
         with torch.no_grad():
             for name, parameter in head.items():
                 parameter.copy_(task.extras[name])
         devices = [device] if device.type == "cuda" else []
         try:
             with applied(self.model, task.residual), torch.random.fork_rng(devices):
-                torch.manual_seed(task.key)
+                _seed(task.key, device)
                 loss = self._train(leaves, list(head.values()), examples, task)
         finally:
-            fslora_kernels.unbind(self.model)
+            fslora_kernels.unbind(layers)
         return ClientUpdate(
             round=task.round,
             client_id=task.client_id,
@@ -73,11 +75,18 @@ class LocalTrainer:
             metrics={"loss": loss},
         )
 
+    @cached_property
+    def _resident(self) -> tuple[torch.device, FusedLayers, dict[str, nn.Parameter]]:
+        """Walk through the model once, as it stays what it is: device, fused layers, heads."""
+        self.model.train()
+        device = next(self.model.parameters()).device
+        return device, fused_layers(self.model), heads(self.model)
+
     def _train(
         self, leaves: Adapters, head: list[nn.Parameter], examples: Examples, task: ClientTask
     ) -> float:
         """Run the local steps; return the mean training loss, the penalty not included."""
-        rule = task.local
+        rule, layers = task.local, self._resident[1]
         trained = [t for pair in leaves.values() for t in pair if t.requires_grad]
         parameters: list[Tensor] = [*trained, *head]
         optimizer = _optimizer(parameters, rule)
@@ -85,15 +94,16 @@ class LocalTrainer:
         device = parameters[0].device
         frozen = {n: LoRAWeights(*(t.to(device) for t in p)) for n, p in task.frozen.items()}
         total = torch.zeros((), device=device)
-        self.model.train()
-        fslora_kernels.bind(self.model, leaves, scale=task.scale)
+        if not self.model.training:
+            self.model.train()
+        fslora_kernels.bind(layers, leaves, scale=task.scale)
         for _ in range(rule.steps):
             for parameter in parameters:
                 parameter.grad = None
             for batch, parts in _parts(self.task, batches, rule):
                 if frozen:
                     whole = {name: stack([leaves[name], frozen[name]]) for name in frozen}
-                    fslora_kernels.bind(self.model, {**leaves, **whole}, scale=task.scale)
+                    fslora_kernels.bind(layers, {**leaves, **whole}, scale=task.scale)
                 loss = self.task.loss(self.model, batch) / parts
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
@@ -104,6 +114,15 @@ class LocalTrainer:
                 nn.utils.clip_grad_norm_(parameters, rule.clip_norm)
             optimizer.step()
         return float(total) / rule.steps
+
+
+def _seed(key: int, device: torch.device) -> None:
+    """Seed what a model draws from."""
+    if device.type == "cpu":
+        # torch.manual_seed keeps a stack trace for every kind of GPU that is not in use yet.
+        torch.default_generator.manual_seed(key)
+    else:
+        torch.manual_seed(key)
 
 
 def _leaves(pair: LoRAWeights, rule: LocalRule, device: torch.device) -> LoRAWeights:

@@ -63,7 +63,9 @@ class Guarded:
     def _attempt(self, task: ClientTask) -> ClientUpdate | None:
         """Train once; None is out of memory, which is free again when this returns."""
         try:
-            return replace(self.trainer, task=self._struck(task))(task)
+            struck = self._struck(task)
+            trainer = self.trainer
+            return (trainer if struck is trainer.task else replace(trainer, task=struck))(task)
         except ClientCrashError as error:
             return _failed(task, str(error))
         except (torch.OutOfMemoryError, MemoryError):

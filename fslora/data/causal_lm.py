@@ -32,6 +32,23 @@ class CausalLM:
         if self.max_length < 2:
             raise ValueError(f"max_length is {self.max_length}; a next token needs at least 2")
 
+    @property
+    def columns(self) -> tuple[str | int, ...]:
+        """The columns that it reads."""
+        return self.text_columns
+
+    def surely_trains(self, rows: Rows) -> bool:
+        """Whether there are two words: tokenizers do not make them one token."""
+        if not rows:
+            return False
+        words = (
+            word
+            for row in columns(rows, self.text_columns)
+            for text in row
+            for word in text.split()
+        )
+        return next(words, None) is not None and next(words, None) is not None
+
     def class_names(self, rows: Rows) -> list[str]:  # noqa: ARG002 - the same call for all tasks
         """No classes."""
         return []

@@ -100,6 +100,15 @@ class Objective(Protocol):
 class Task(Objective, Protocol):
     """What a client trains on and how it is scored. Tasks are frozen and hold no data."""
 
+    @property
+    def columns(self) -> tuple[str | int, ...]:
+        """The columns that it reads."""
+        ...
+
+    def surely_trains(self, rows: Rows) -> bool:
+        """Whether rows give an example, said without tokenising them; False is not to know."""
+        ...
+
     def class_names(self, rows: Rows) -> list[str]:
         """The classes that the rows name, in the order of their ids; empty without classes."""
         ...
