@@ -76,6 +76,7 @@ def mean_update(
     sketches = {task.client_id: task.sketches for task in tasks}
     total = {n: LoRAWeights(*(torch.zeros_like(t) for t in p)) for n, p in adapters.items()}
     heads = {name: torch.zeros_like(tensor) for name, tensor in extras.items()}
+    counting = divide_by == "count"
     counts = {n: torch.zeros(p.rank, 1, dtype=p.lora_a.dtype) for n, p in adapters.items()}
     participants = 0
     for update in updates:
@@ -83,7 +84,8 @@ def mean_update(
         for name, delta in update.delta.items():
             sketch = sketches[update.client_id][name]
             index = sketch.index
-            counts[name][slice(None) if index is None else index] += 1
+            if counting:
+                counts[name][slice(None) if index is None else index] += 1
             for rows, change in zip(total[name], delta, strict=True):
                 if not change.shape[0]:  # a factor that is not trained
                     continue
@@ -98,7 +100,7 @@ def mean_update(
             heads[name].add_(change)
     for name, pair in total.items():
         for rows in pair:
-            rows.div_(counts[name].clamp(min=1) if divide_by == "count" else max(participants, 1))
+            rows.div_(counts[name].clamp(min=1) if counting else max(participants, 1))
     for tensor in heads.values():
         tensor.div_(max(participants, 1))
     return total, heads

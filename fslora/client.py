@@ -45,7 +45,7 @@ class LocalTrainer:
         """Train for the task's local steps and return the change, on the CPU."""
         device, layers, own_heads = self._resident
         examples = self.data[task.client_id]
-        leaves = {name: _leaves(pair, task.local, device) for name, pair in task.adapters.items()}
+        leaves = _leaves(task.adapters, task.local, device)
         head = {name: p for name, p in own_heads.items() if name in task.extras}
         with torch.no_grad():
             for name, parameter in head.items():
@@ -61,15 +61,7 @@ class LocalTrainer:
             round=task.round,
             client_id=task.client_id,
             nonce=task.nonce,
-            delta={
-                name: LoRAWeights(
-                    *(
-                        new.detach().cpu() - old if new.requires_grad else old[:0]
-                        for new, old in zip(leaves[name], pair, strict=True)
-                    )
-                )
-                for name, pair in task.adapters.items()
-            },
+            delta=_changes(leaves, task.adapters),
             extras={n: head[n].detach().cpu() - old for n, old in task.extras.items()},
             num_examples=len(examples),
             metrics={"loss": loss},
@@ -116,6 +108,16 @@ class LocalTrainer:
         return float(total) / rule.steps
 
 
+@torch.no_grad()
+def _changes(leaves: Adapters, received: Adapters) -> Adapters:
+    """Subtract, on the CPU, in one call for all; a factor that is not trained has no rows."""
+    both = [each for name in received for each in zip(leaves[name], received[name], strict=True)]
+    trained = [(new.cpu(), old) for new, old in both if new.requires_grad]
+    changes = iter(torch._foreach_sub(*map(list, zip(*trained, strict=True))) if trained else ())
+    found = (next(changes) if new.requires_grad else old[:0] for new, old in both)
+    return {name: LoRAWeights(next(found), next(found)) for name in received}
+
+
 def _seed(key: int, device: torch.device) -> None:
     """Seed what a model draws from."""
     if device.type == "cpu":
@@ -125,13 +127,19 @@ def _seed(key: int, device: torch.device) -> None:
         torch.manual_seed(key)
 
 
-def _leaves(pair: LoRAWeights, rule: LocalRule, device: torch.device) -> LoRAWeights:
-    return LoRAWeights(
-        *(
-            t.detach().to(device, copy=True).requires_grad_(trained)
-            for t, trained in zip(pair, rule.trained, strict=True)
-        )
+def _leaves(adapters: Adapters, rule: LocalRule, device: torch.device) -> Adapters:
+    """Copy the factors out as leaves, in one call for all where they need not travel."""
+    factors = [factor for pair in adapters.values() for factor in pair]
+    copies = (
+        [t.to(device, copy=True) for t in factors] if device.type != "cpu" else _clones(factors)
     )
+    leaves = zip(copies, rule.trained * len(adapters), strict=True)
+    found = (leaf.requires_grad_(trained) for leaf, trained in leaves)
+    return {name: LoRAWeights(next(found), next(found)) for name in adapters}
+
+
+def _clones(tensors: list[Tensor]) -> Sequence[Tensor]:
+    return torch._foreach_clone(tensors) if tensors else []
 
 
 def _optimizer(parameters: Sequence[Tensor], rule: LocalRule) -> torch.optim.Optimizer:

@@ -334,6 +334,8 @@ def _coverage(tasks: Sequence[ClientTask]) -> list[float]:
     if not sketches:
         return []
     counts = np.zeros(sketches[0].rank)
-    for sketch in sketches:
-        counts[slice(None) if sketch.index is None else sketch.index.numpy()] += 1
+    parts = [sketch.index.numpy() for sketch in sketches if sketch.index is not None]
+    if parts:
+        counts += np.bincount(np.concatenate(parts), minlength=len(counts))
+    counts += len(sketches) - len(parts)
     return [round(float(share), 6) for share in counts / len(sketches)]

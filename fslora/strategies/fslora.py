@@ -27,7 +27,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fslora.aggregation import ServerOptimizer, averaged
-from fslora.assignment import check_ratios, client_task, common_rank, first_state, gather_rest
+from fslora.assignment import (
+    check_ratios,
+    client_task,
+    common_rank,
+    first_state,
+    gather_each,
+    gather_rest,
+)
 from fslora.options import Averaging, Forward, Sampler, check_options, expected_step
 from fslora.protocol import (
     ClientTask,
@@ -89,9 +96,9 @@ def fslora(
         rank = common_rank(state.adapters)
         sizes = {client_id: sketch_size(rank, ratios[client_id]) for client_id in cohort}
         drawn = cohort_sketches(state.key, state.round + 1, sizes, state.adapters, sampler)
-        tasks = []
+        gathered, tasks = gather_each(state.adapters, drawn), []
         for client_id, size in sizes.items():
-            task = client_task(state, client_id, drawn[client_id], local)
+            task = client_task(state, client_id, drawn[client_id], local, gathered[client_id])
             if forward == "full":
                 rest = gather_rest(state.adapters, drawn[client_id])
                 tasks.append(replace(task, frozen=rest))
