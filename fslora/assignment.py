@@ -86,11 +86,10 @@ def gather_each(
     """Gather for each client, in one call for each factor: what a client gets is views of that."""
     found: dict[str, Adapters] = {client_id: {} for client_id in drawn}
     for name, pair in adapters.items():
-        every = torch.arange(pair.rank)
-        rows = [every if own[name].index is None else own[name].index for own in drawn.values()]
-        sizes = [own[name].size for own in drawn.values()]
-        index = torch.cat(rows)
-        split = [factor.index_select(0, index).split(sizes) for factor in pair]
+        sketches = [own[name] for own in drawn.values()]
+        index = torch.cat([sketch.rows for sketch in sketches])
+        sizes = [sketch.size for sketch in sketches]
+        split = [torch.split(factor.index_select(0, index), sizes) for factor in pair]
         for client_id, *factors in zip(drawn, *split, strict=True):
             found[client_id][name] = LoRAWeights(*factors)
     return found

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from fslora_kernels import Adapters, LoRAWeights, check_index
@@ -58,6 +59,11 @@ class Sketch:
     def size(self) -> int:
         """S, how many ranks are used."""
         return self.rank if self.index is None else int(self.index.shape[0])
+
+    @property
+    def rows(self) -> Tensor:
+        """The ranks that are used, int64 ``[S]``."""
+        return torch.arange(self.rank) if self.index is None else self.index
 
     @property
     def correction(self) -> float:
