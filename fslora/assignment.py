@@ -85,7 +85,7 @@ def gather_each(
 ) -> dict[str, Adapters]:
     """Gather for each client, in one call for each factor: what a client gets is views of that."""
     found: dict[str, Adapters] = {client_id: {} for client_id in drawn}
-    for name, pair in adapters.items():
+    for name, pair in adapters.items() if drawn else ():
         sketches = [own[name] for own in drawn.values()]
         index = torch.cat([sketch.rows for sketch in sketches])
         sizes = [sketch.size for sketch in sketches]
