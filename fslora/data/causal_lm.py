@@ -55,9 +55,16 @@ class CausalLM:
 
     def tokens(self, rows: Rows, tokenizer: Tokenizer) -> Tensor:
         """The token ids of the rows' joined text: [tokens]."""
-        texts = ["\n\n".join(filter(None, fields)) for fields in columns(rows, self.text_columns)]
-        encoded = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)
-        return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+        return self.tokens_each([rows], tokenizer)[0]
+
+    def tokens_each(self, groups: Sequence[Rows], tokenizer: Tokenizer) -> list[Tensor]:
+        """As `tokens`, of several groups of rows in one call of the tokenizer."""
+        texts = [
+            "\n\n".join("\n\n".join(filter(None, row)) for row in columns(rows, self.text_columns))
+            for rows in groups
+        ]
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
+        return [torch.tensor(ids, dtype=torch.int64) for ids in encoded["input_ids"]]
 
     def blocks(self, tokens: Tensor, tokenizer: Tokenizer) -> Examples:
         """Cut [tokens] into examples; fewer than two tokens, with nothing to predict, are none."""

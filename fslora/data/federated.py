@@ -230,7 +230,8 @@ def _encode_evaluation(
     """The evaluation's examples, and the client position of each."""
     _refuse_empty_evaluation(sum(len(rows) for _, rows in shares))
     if isinstance(task, CausalLM):  # blocks do not run from one client into the next
-        encoded = [task.encode(rows, tokenizer, classes) for _, rows in shares]
+        tokens = task.tokens_each([rows for _, rows in shares], tokenizer)
+        encoded = [task.blocks(own, tokenizer) for own in tokens]
         tensors = {
             name: torch.cat([examples.tensors[name] for examples in encoded])
             for name in encoded[0].tensors

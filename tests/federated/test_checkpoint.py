@@ -176,6 +176,9 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_the_same_bits(tmp_path
     damaged = {"truncated": content[:-9], "zeroed": bytes(len(content)), "one bit": content}
     path.unlink() if how == "gone" else path.write_bytes(damaged[how])
     assert checkpoint.load_state(tmp_path / "part").round == 2
+    checkpoint.resume(tmp_path / "part")
+    path.with_name("previous.safetensors").unlink(missing_ok=True)
+    assert checkpoint.load_state(tmp_path / "part").round == 2, "the good one has taken its place"
     run_until(tmp_path / "part", 4)
     assert left_in(tmp_path / "part") == left_in(tmp_path / "whole")
 
