@@ -41,6 +41,7 @@ def chaos() -> SimulateConfig:
         over_select=1.5,
         deadline=1.5,
         faults="crash=0.1,nan=0.1,oom=0.2,slow=0.2",
+        seed=3,  # in which each of them happens
         out="runs/chaos",
     )
 

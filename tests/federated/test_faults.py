@@ -243,7 +243,7 @@ def test_the_chaos_preset_in_small(tmp_path):
             batch_size=2,
             max_length=16,
             eval_examples=16,
-            deadline=2.0,
+            deadline=1.0,
             out=str(tmp_path / "chaos"),
         )
     )
