@@ -17,6 +17,8 @@ BENCHMARKS = {
         "ten thousand clients: what a round costs beside its local steps",
     ),
     "cost": ("benchmarks.cost", "what a sketch ratio saves a client, and what not: counted"),
+    "protocol": ("benchmarks.protocol", "all strategies on real data, as docs/results.md has it"),
+    "depth": ("benchmarks.depth", "what training the upper layers alone spares a client"),
     "prototypes": ("benchmarks.prototypes", "two kernels that wait for a GPU, compiled only"),
     "compiled": ("benchmarks.compiled", "registers and shared memory of every kernel, no GPU"),
     "gpu": ("benchmarks.gpu", "every GPU check in one script; a dry run without a GPU"),

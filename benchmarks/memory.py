@@ -28,6 +28,7 @@ from fslora.sketch import draw_sketches
 from fslora_kernels.testing import check_error_budget
 
 ALPHA = 16.0
+AS_IT_COMES = "PEFT f32 at"  # what get_peft_model makes of a model in half precision
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -118,14 +119,22 @@ class Layer:
         """Return the layer without adapters."""
         return copy.deepcopy(self._base).train()
 
-    def peft(self, dropout: float, *, full: bool = False) -> nn.Module:
-        """Return the layer in vanilla PEFT at rank R, or at rank S with the sketched factors."""
+    def peft(self, dropout: float, *, full: bool = False, as_it_comes: bool = False) -> nn.Module:
+        """Return the layer in vanilla PEFT at rank R, or at rank S with the sketched factors.
+
+        As it comes, PEFT keeps the factors of a layer in half precision in float32; else they are
+        of the layer's own dtype.
+        """
         rank = self.size.rank if full else self.size.sketch_size
         config = LoraConfig(
             r=rank, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=list(PROJECTIONS)
         )
-        model = get_peft_model(copy.deepcopy(self._base), config, autocast_adapter_dtype=False)
-        layer = model.base_model.model.to(self._base.self_attn.q_proj.weight)
+        model = get_peft_model(
+            copy.deepcopy(self._base), config, autocast_adapter_dtype=as_it_comes
+        )
+        layer = model.base_model.model
+        if not as_it_comes:
+            layer.to(self._base.self_attn.q_proj.weight)
         with torch.no_grad():
             for name, (lora_a, lora_b) in self._factors.items():
                 rows = slice(None) if full else self._index[name]
@@ -209,6 +218,10 @@ def rows(layer: Layer, dropouts: Sequence[float]) -> list[Held]:
     """Measure every way at every dropout; the bare layer first."""
     found = [measure(layer, layer.base(), "base", 0.0)]
     for dropout in dropouts:
+        if layer.size.dtype != "float32":
+            for full, rank in ((True, "R"), (False, "S")):
+                module = layer.peft(dropout, full=full, as_it_comes=True)
+                found.append(measure(layer, module, f"{AS_IT_COMES} {rank}", dropout))
         for full, rank in ((True, "R"), (False, "S")):
             for name, build in (("PEFT", layer.peft), ("ours", layer.ours)):
                 found.append(
@@ -221,13 +234,13 @@ def table(found: Sequence[Held], wrong: dict[str, str]) -> str:
     """Lay the rows out, each with its share of PEFT's at the same rank and dropout."""
     base = found[0]
     lines = [
-        f"{'row':<12}{'dropout':>8}{'saved kB':>17}{'beyond base kB':>23}{'held kB':>17}"
+        f"{'row':<13}{'dropout':>7}{'saved kB':>17}{'beyond base kB':>23}{'held kB':>17}"
         f"{'peak kB':>17}"
     ]
     peers = {(row.row, row.dropout): row for row in found}
     for row in found:
         if row.row in wrong:
-            lines.append(f"{row.row:<12}{row.dropout:>8g}   red: {wrong[row.row]}")
+            lines.append(f"{row.row:<13}{row.dropout:>7g}   red: {wrong[row.row]}")
             continue
         peer = peers.get((row.row.replace("ours", "PEFT"), row.dropout), row)
         cells = [
@@ -240,7 +253,15 @@ def table(found: Sequence[Held], wrong: dict[str, str]) -> str:
             f"{mine / 1e3:>{width}.0f} {f'({mine / theirs:.2f})' if theirs else '':<7}"
             for mine, theirs, width in cells
         )
-        lines.append(f"{row.row:<12}{row.dropout:>8g}{shares}")
+        lines.append(f"{row.row:<13}{row.dropout:>7g}{shares}")
+    for (name, dropout), mine in peers.items():
+        rival = peers.get((name.replace("ours at", AS_IT_COMES), dropout))
+        if name.startswith("ours") and rival is not None and name not in wrong:
+            saved, peak = mine.saved_bytes / rival.saved_bytes, mine.peak_bytes / rival.peak_bytes
+            lines.append(
+                f"{name}, dropout {dropout:g}, over PEFT as it comes (float32 factors): "
+                f"{saved:.2f} of what is saved, {peak:.2f} of the peak"
+            )
     return "\n".join(lines)
 
 

@@ -232,7 +232,7 @@ def provenance() -> dict[str, object]:
     """Return when, on what and by which code a figure was measured."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": git_commit(),
         "device": device_name(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
@@ -265,7 +265,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _commit() -> str:
+def git_commit() -> str:
     """The commit of this checkout, with a plus where files differ from it."""
     folder = Path(__file__).resolve().parent
 

@@ -22,13 +22,15 @@ from fslora.models import model_path
 LLAMA_768 = "llama-768"
 
 
-def shared_model(name: str) -> str | None:
-    """Return the folder of a shared pretrained model, or None where there is none.
-
-    The folder ``shared`` beside the repository is looked at, or what FSLORA_SHARED names.
-    """
+def shared_data() -> Path:
+    """Return the folder of real data: below ``shared`` beside the repository, or FSLORA_SHARED."""
     beside = Path(__file__).resolve().parents[2] / "shared"
-    folder = Path(os.environ.get("FSLORA_SHARED", beside)) / "data/models" / name
+    return Path(os.environ.get("FSLORA_SHARED", beside)) / "data"
+
+
+def shared_model(name: str) -> str | None:
+    """Return the folder of a shared pretrained model, or None where there is none."""
+    folder = shared_data() / "models" / name
     return str(folder) if folder.is_dir() else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flag = " and --resume" if given[0] == "simulate" else ""
         sys.stderr.write(f"\nfslora: stopped; go on with the same command{flag}\n")
         return 130
+    except BrokenPipeError:  # as of `fslora … --help | head`: whoever reads has read enough
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - written to at exit
+        return 141
     except (ValueError, FileNotFoundError, NotImplementedError, RuntimeError) as error:
         if not _is_for_the_user(error):
             raise

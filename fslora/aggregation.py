@@ -63,9 +63,7 @@ def _fold(total: LoRAWeights, own: Sequence[tuple[Sketch, LoRAWeights]], *, inve
     """Add changes of one module into the ranks that they are of, in their order."""
 
     def weighed(sketch: Sketch, change: Tensor) -> Tensor:
-        if not inverse or sketch.index is None:
-            return change
-        return (change * sketch.inverse_probability).to(change.dtype)
+        return (change * sketch.inverse_probability).to(change.dtype) if inverse else change
 
     for place, rows in enumerate(total):
         changed = [(sketch, pair[place]) for sketch, pair in own if pair[place].shape[0]]
@@ -90,8 +88,8 @@ def mean_update(
         updates: accepted updates in task order, folded a few at a time, each rank's in that order.
         divide_by: "participants"; "count": each rank by how many of them trained it; "inverse":
             by the participants, after each change was divided by the probability with which its
-            rank was drawn (S/R where all are alike). Heads, which all train, are divided by the
-            participants.
+            rank trains in a step (S/R where all are alike). Heads, which all train, are divided
+            by the participants.
 
     Returns:
         The mean change of the factors (zero in ranks that nobody trained) and of the heads.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from fslora.depth import Depth, layers_of
 from fslora.protocol import (
     Adapters,
     ClientTask,
@@ -16,7 +17,7 @@ from fslora.protocol import (
     Sketch,
 )
 from fslora_kernels.sampling import sketch_size
-from fslora_kernels.seeds import fold_in
+from fslora_kernels.seeds import fold_in, uniform
 
 
 def first_state(adapters: Adapters, extras: Extras, seed: int) -> ServerState:
@@ -39,6 +40,11 @@ def client_key(state: ServerState, client_id: str) -> int:
     return fold_in(state.key, state.round + 1, client_id)
 
 
+def task_key(state: ServerState, client_id: str) -> int:
+    """Return the key of a client's own draws in the coming round."""
+    return fold_in(client_key(state, client_id), "local")
+
+
 def client_task(
     state: ServerState,
     client_id: str,
@@ -55,7 +61,6 @@ def client_task(
         local: how to train.
         adapters: these ranks, where they are gathered already.
     """
-    key = client_key(state, client_id)
     return ClientTask(
         round=state.round + 1,
         client_id=client_id,
@@ -63,8 +68,8 @@ def client_task(
         extras={name: tensor.clone() for name, tensor in state.extras.items()},
         sketches=dict(sketches),
         local=local,
-        key=fold_in(key, "local"),
-        nonce=fold_in(key, "nonce"),
+        key=task_key(state, client_id),
+        nonce=fold_in(client_key(state, client_id), "nonce"),
     )
 
 
@@ -85,25 +90,67 @@ def gather_each(
 ) -> dict[str, Adapters]:
     """Gather for each client, in one call for each factor: what a client gets is views of that."""
     found: dict[str, Adapters] = {client_id: {} for client_id in drawn}
-    for name, pair in adapters.items() if drawn else ():
-        sketches = [own[name] for own in drawn.values()]
-        index = torch.cat([sketch.rows for sketch in sketches])
-        sizes = [sketch.size for sketch in sketches]
+    for name, pair in adapters.items():
+        having = {client_id: own[name] for client_id, own in drawn.items() if name in own}
+        if not having:
+            continue
+        index = torch.cat([sketch.rows for sketch in having.values()])
+        sizes = [sketch.size for sketch in having.values()]
         split = [torch.split(factor.index_select(0, index), sizes) for factor in pair]
-        for client_id, *factors in zip(drawn, *split, strict=True):
+        for client_id, *factors in zip(having, *split, strict=True):
             found[client_id][name] = LoRAWeights(*factors)
     return found
 
 
 def gather_rest(adapters: Adapters, sketches: Mapping[str, Sketch]) -> Adapters:
-    """Copy out the ranks that a sketch leaves; modules whose sketch is whole are left out."""
+    """Copy out the ranks that are in no sketch; modules whose sketch has no index are left out."""
     rest: Adapters = {}
-    for name, sketch in sketches.items():
-        if sketch.index is not None and sketch.size < sketch.rank:
-            others = torch.ones(sketch.rank, dtype=torch.bool)
-            others[sketch.index] = False
-            rest[name] = LoRAWeights(*(factor[others] for factor in adapters[name]))
+    for name, pair in adapters.items():
+        others = torch.ones(pair.rank, dtype=torch.bool)
+        if name in sketches:
+            index = sketches[name].index
+            if index is None:
+                continue
+            others[index] = False
+        rest[name] = LoRAWeights(*(factor[others] for factor in pair))
     return rest
+
+
+def upper_layers(
+    sketches: Mapping[str, Sketch], key: int, depth: Depth, ratio: float, least: float
+) -> dict[str, Sketch]:
+    """Keep the sketches of the layers that a client trains: those whose π is above one number.
+
+    As π grows from layer to layer, what is kept reaches from one of them to the top.
+
+    Args:
+        sketches: of all modules.
+        key: of the client in the round.
+        depth: what π follows from, with the client's ratio S/R and the least π.
+        ratio: likewise.
+        least: likewise.
+
+    Returns:
+        Some of the sketches, with π in the probabilities of their ranks.
+    """
+    layers = layers_of(sketches)
+    shares = depth.probabilities(len(layers), ratio, least)
+    share_of = {name: share for layer, share in zip(layers, shares, strict=True) for name in layer}
+    drawn = uniform(key, "depth")
+    return {
+        name: sketch.thinned(share_of[name])
+        for name, sketch in sketches.items()
+        if drawn < share_of[name]
+    }
+
+
+def inverse_probabilities(task: ClientTask) -> dict[str, torch.Tensor]:
+    """Return 1/π of each rank of a task's sketches ``[S]``, in the factors' type, as it is sent."""
+    return {
+        name: (1 / sketch.probability).to(task.adapters[name].lora_a.dtype)
+        for name, sketch in task.sketches.items()
+        if sketch.probability is not None
+    }
 
 
 def first_ranks(modules: Sequence[str], rank: int, size: int) -> dict[str, Sketch]:

@@ -13,6 +13,7 @@ import fslora_kernels
 from fslora.data.tasks import Batch, Examples, Objective
 from fslora.lowrank import stack, tail_norm
 from fslora.protocol import Adapters, ClientTask, ClientUpdate, Extras, LocalRule, LoRAWeights
+from fslora.ranks import RedrawnRanks, SameRanks
 from fslora.residual import applied
 from fslora_kernels.nn.fuse import FusedLayers, fused_layers
 from fslora_kernels.seeds import fold_in
@@ -51,10 +52,13 @@ class LocalTrainer:
             for name, parameter in head.items():
                 parameter.copy_(task.extras[name])
         devices = [device] if device.type == "cuda" else []
+        frozen = {n: LoRAWeights(*(t.to(device) for t in p)) for n, p in task.frozen.items()}
+        kind = RedrawnRanks if task.local.redrawn_ranks else SameRanks
+        ranks = kind(task, leaves, frozen, list(head.values()))
         try:
             with applied(self.model, task.residual), torch.random.fork_rng(devices):
                 _seed(task.key, device)
-                loss = self._train(leaves, list(head.values()), examples, task)
+                loss = self._train(ranks, examples, task)
         finally:
             fslora_kernels.unbind(layers)
         return ClientUpdate(
@@ -75,26 +79,27 @@ class LocalTrainer:
         return device, fused_layers(self.model), heads(self.model)
 
     def _train(
-        self, leaves: Adapters, head: list[nn.Parameter], examples: Examples, task: ClientTask
+        self, ranks: SameRanks | RedrawnRanks, examples: Examples, task: ClientTask
     ) -> float:
         """Run the local steps; return the mean training loss, the penalty not included."""
-        rule, layers = task.local, self._resident[1]
-        trained = [t for pair in leaves.values() for t in pair if t.requires_grad]
-        parameters: list[Tensor] = [*trained, *head]
-        optimizer = _optimizer(parameters, rule)
+        rule, (device, layers, _) = task.local, self._resident
         batches = _batches(examples, rule.batch_size, fold_in(task.key, "batches"))
-        device = parameters[0].device
-        frozen = {n: LoRAWeights(*(t.to(device) for t in p)) for n, p in task.frozen.items()}
+        scales = {name: tensor.to(device) for name, tensor in task.rank_scales.items()}
         total = torch.zeros((), device=device)
+        bound: Adapters | None = None
         if not self.model.training:
             self.model.train()
-        fslora_kernels.bind(layers, leaves, scale=task.scale)
-        for _ in range(rule.steps):
-            for parameter in parameters:
-                parameter.grad = None
+        for step in range(rule.steps):
+            leaves, frozen = ranks.begin(step)
+            if leaves is not bound:
+                fslora_kernels.bind(layers, leaves, scale=scales or task.scale)
+                bound = leaves
             for batch, parts in _parts(self.task, batches, rule):
                 if frozen:
-                    whole = {name: stack([leaves[name], frozen[name]]) for name in frozen}
+                    whole = {
+                        name: stack([leaves[name], pair]) if name in leaves else pair
+                        for name, pair in frozen.items()
+                    }
                     fslora_kernels.bind(layers, {**leaves, **whole}, scale=task.scale)
                 loss = self.task.loss(self.model, batch) / parts
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -103,8 +108,8 @@ class LocalTrainer:
                 penalty = rule.penalty * tail_norm(leaves, rule.penalty_from)
                 penalty.backward()  # type: ignore[no-untyped-call]
             if rule.clip_norm:
-                nn.utils.clip_grad_norm_(parameters, rule.clip_norm)
-            optimizer.step()
+                nn.utils.clip_grad_norm_(ranks.parameters, rule.clip_norm)
+            ranks.end()
         return float(total) / rule.steps
 
 
@@ -140,19 +145,6 @@ def _leaves(adapters: Adapters, rule: LocalRule, device: torch.device) -> Adapte
 
 def _clones(tensors: list[Tensor]) -> Sequence[Tensor]:
     return torch._foreach_clone(tensors) if tensors else []
-
-
-def _optimizer(parameters: Sequence[Tensor], rule: LocalRule) -> torch.optim.Optimizer:
-    # fused: one call for all the small matrices instead of a dozen for each.
-    if rule.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=rule.lr, weight_decay=rule.weight_decay, fused=True)
-    return torch.optim.SGD(
-        parameters,
-        lr=rule.lr,
-        momentum=rule.momentum,
-        weight_decay=rule.weight_decay,
-        fused=True,
-    )
 
 
 def _batches(examples: Examples, size: int, key: int) -> Iterator[Batch]:
@@ -204,7 +196,9 @@ def download_bytes(task: ClientTask) -> tuple[int, int]:
         return 0, 0
     adapter, head = payload_bytes(task.adapters, task.extras)
     beside = [*task.frozen.values(), *task.residual.values()]
-    return adapter + sum(pair.size_bytes for pair in beside) - task.held_bytes, head
+    adapter += sum(pair.size_bytes for pair in beside)
+    scales = sum(tensor.nbytes for tensor in task.rank_scales.values())
+    return adapter + scales - task.held_bytes, head
 
 
 def upload_bytes(task: ClientTask) -> tuple[int, int]:

@@ -31,9 +31,10 @@ from fslora.data.tasks import Examples
 from fslora.devices import Device, Fleet
 from fslora.faults import SLOWDOWN
 from fslora.protocol import POOLED, ClientTask
+from fslora.ranks import one_step
 from fslora_kernels.flops import count_flops
 from fslora_kernels.nn.linear import SketchedForward
-from fslora_kernels.seeds import fold_in
+from fslora_kernels.seeds import fold_in, uniform
 
 FAILED = "it failed in mid-round"
 
@@ -146,11 +147,6 @@ class Clock:
         return Plan(times, unused, frozenset(wasted), last)
 
 
-def uniform(seed: int, *path: int | str) -> float:
-    """Draw from (0, 1): the key's upper 52 bits and a half, over 2⁵²."""
-    return ((fold_in(seed, *path) >> 11) + 0.5) * 2.0**-52
-
-
 def lognormal(sigma: float, seed: int, *path: int | str) -> float:
     """Draw exp(σz - σ²/2), z standard normal: lognormal with mean 1."""
     return math.exp(sigma * NormalDist().inv_cdf(uniform(seed, *path)) - sigma * sigma / 2)
@@ -210,24 +206,23 @@ def step_counter(trainer: LocalTrainer, examples: Examples) -> StepFlops:
     counted: dict[object, int] = {}
 
     def flops(task: ClientTask) -> float:
-        shapes = _shapes(task)
+        step = replace(one_step(task), residual={})
+        shapes = _shapes(step)
         if shapes not in counted:
-            counted[shapes] = _counted(trainer, task, examples)
+            counted[shapes] = _counted(trainer, step, examples)
         own, batch = len(trainer.data[task.client_id]), task.local.batch_size
         return counted[shapes] * min(own, batch) / batch
 
     return flops
 
 
-def _counted(trainer: LocalTrainer, task: ClientTask, examples: Examples) -> int:
-    rows = torch.linspace(0, len(examples) - 1, task.local.batch_size).round().long()
+def _counted(trainer: LocalTrainer, step: ClientTask, examples: Examples) -> int:
+    rows = torch.linspace(0, len(examples) - 1, step.local.batch_size).round().long()
     batch = Examples({name: tensor[rows] for name, tensor in examples.tensors.items()})
-    client = replace(trainer, data={task.client_id: batch})
-    rule = replace(task.local, steps=1, accumulation=1)
-    one_step = replace(task, local=rule, residual={})
+    client = replace(trainer, data={step.client_id: batch})
     # Fused attention is not counted on every device; its plain products are.
     with _torch_layers(trainer.model), sdpa_kernel(SDPBackend.MATH), count_flops() as count:
-        client(one_step)
+        client(step)
     return count.total
 
 
@@ -260,4 +255,4 @@ def _shapes(value: object) -> object:
 
 
 # Of no consequence for the operations of a step, and different from round to round.
-_NOT_SHAPES = ("round", "client_id", "key", "nonce", "lr", "residual", "held_bytes")
+_NOT_SHAPES = ("round", "client_id", "key", "nonce", "lr", "held_bytes")

@@ -9,18 +9,25 @@ from typing import Any, Literal, NamedTuple
 
 from fslora.devices import Fleet, read_fleet
 from fslora.faults import Faults, read_faults
-from fslora.options import Averaging, Forward, Sampler, check_options
+from fslora.options import Averaging, Forward, Redraw, Sampler, check_options
 
 LISTS = ("ratios", "target_modules", "text_column", "prompt_columns", "targets")
 _LOWEST = {
     **dict.fromkeys(("clients", "per_round", "rank", "rounds", "local_steps"), 1),
     **dict.fromkeys(("batch_size", "accumulation", "eval_every"), 1),
     **dict.fromkeys(("momentum", "weight_decay", "clip_norm"), 0),
-    **dict.fromkeys(("deadline", "threads", "layers", "eval_examples", "seed"), 0),
+    **dict.fromkeys(("deadline", "threads", "layers", "eval_examples", "train_rows", "seed"), 0),
     "max_length": 2,
     "over_select": 1,
 }
-_FSLORA_OPTIONS = {"forward": "sketched", "averaging": "participants", "sampler": "uniform"}
+_FSLORA_OPTIONS = {
+    "forward": "sketched",
+    "averaging": "participants",
+    "sampler": "uniform",
+    "redraw": "round",
+    "depth": "all",
+    "depth_min_probability": 0.1,
+}
 
 
 class Target(NamedTuple):
@@ -44,9 +51,10 @@ class SimulateConfig:
 
     Attributes:
         model: Hugging Face model id, a folder, or docs-base (the small model in this package).
-        data: dataset id, folder or file (txt, tsv, csv, json, jsonl, parquet, also .gz), or
-            python-docs (the documentation of the Python that runs this).
+        data: dataset id, folder, pattern such as texts/part_*, or file (txt, tsv, csv, json, jsonl,
+            parquet, also .gz), or python-docs (the documentation of the Python that runs this).
         eval_data: what to judge by; default a tenth of the data, held out.
+        train_rows: deal at most so many rows of the data, evenly spread over it; 0 deals all.
         validation: leave that aside and judge by another tenth, of the clients' own data: for
             choosing settings.
         task: causal-lm (next token), classification, or instruction (loss on the response).
@@ -57,7 +65,8 @@ class SimulateConfig:
         header: whether tsv and csv files start with column names.
         reader: auto, or play for plays in plain text (columns speaker and text).
         metric: score beside the loss, for classification.
-        partition: iid, dirichlet:ALPHA (skewed labels) or natural:COLUMN (one client a value).
+        partition: iid, dirichlet:ALPHA (skewed labels) or natural:COLUMN (one client a value;
+            natural:file is one client a file of a folder).
         clients: how many clients there are.
         per_round: how many train in a round.
         rank: R, rank of the shared adapter.
@@ -79,7 +88,14 @@ class SimulateConfig:
         sampler: of fslora, how the sketches of a round go together: uniform (independent),
             balanced (all ranks equally often), nested (smaller in larger), class-shared (one
             sketch for each ratio) or importance (large ranks more often; needs --forward full
-            --averaging inverse).
+            --averaging inverse, or the paper's forward and averaging).
+        redraw: of fslora: a client draws its sketch once a round, or anew in every local step; it
+            then receives, keeps and returns all ranks that any step trains.
+        depth: of fslora: all, or from the top only so many layers as are drawn for each client and
+            round, the others staying as they are: uniform (any number alike) or by-ratio (up to
+            the client's ratio of the layers, seldom more); both need --forward full --averaging
+            inverse. top:K trains the top K layers and never the others: biased.
+        depth_min_probability: how often a layer is trained at least, where depth is drawn.
         rounds: how many rounds.
         local_steps: H, optimizer steps of a client in a round.
         batch_size: examples in a batch.
@@ -99,7 +115,9 @@ class SimulateConfig:
         threads: CPU threads of one matrix product; 0 leaves torch's choice. 1 is best for small
             models, and wherever the cores are shared.
         layers: keep only the base model's first layers; 0 keeps all.
-        eval_every: evaluate every n-th round (and the last).
+        eval_every: evaluate every n-th round (and the last); local-only is evaluated at the end.
+        eval_sketched: evaluate fslora also under sketches like the cohort's, which more than
+            doubles the time of an evaluation.
         eval_examples: evaluate on at most so many examples, evenly spread; 0 takes all.
         devices: what clients run on, for simulated seconds: COMPUTE:NETWORK=SHARE,… such as
             phone:poor=0.5,laptop:median=0.3,gpu:5g=0.2 (budget-phone, phone, laptop, gpu,
@@ -119,6 +137,7 @@ class SimulateConfig:
     model: str = ""
     data: str = ""
     eval_data: str = ""
+    train_rows: int = 0
     validation: bool = False
     task: Literal["causal-lm", "classification", "instruction"] = "causal-lm"
     text_column: str = "text"
@@ -157,6 +176,9 @@ class SimulateConfig:
     forward: Forward = "sketched"
     averaging: Averaging = "participants"
     sampler: Sampler = "uniform"
+    redraw: Redraw = "round"
+    depth: str = "all"
+    depth_min_probability: float = 0.1
     rounds: int = 10
     local_steps: int = 10
     batch_size: int = 8
@@ -176,6 +198,7 @@ class SimulateConfig:
     threads: int = 0
     layers: int = 0
     eval_every: int = 1
+    eval_sketched: bool = True
     eval_examples: int = 0
     devices: str = ""
     device_order: Literal["by-ratio", "random"] = "by-ratio"
@@ -219,7 +242,7 @@ class SimulateConfig:
                     f"{flag(name)} {value} is an option of fslora, and --strategy is "
                     f"{self.strategy}; leave it out"
                 )
-        check_options(self.forward, self.averaging, self.sampler)
+        check_options(**{name: getattr(self, name) for name in _FSLORA_OPTIONS})
 
     def _check_clock(self) -> None:
         if not self.devices and (self.deadline or self.over_select != 1):

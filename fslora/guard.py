@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fslora.client import LocalTrainer
-from fslora.clock import uniform
 from fslora.data.tasks import Batch, Objective
 from fslora.faults import Faults
 from fslora.protocol import ClientTask, ClientUpdate
-from fslora_kernels.seeds import fold_in
+from fslora_kernels.seeds import fold_in, uniform
 
 _CPU_MEMORY = "DefaultCPUAllocator"  # torch's CPU allocator raises a bare RuntimeError
 

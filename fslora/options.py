@@ -1,4 +1,9 @@
-"""FSLoRA's options: which of them go together, and how far each combination moves a rank."""
+"""FSLoRA's options: which of them go together, and how far each combination moves a rank.
+
+They are the paper's ``forward`` and ``averaging`` with their alternatives, how the sketches of a
+round go together (``sampler``), how often a client draws one (``redraw``), and how many of its
+layers, from the top, it trains (``depth``).
+"""
 
 from __future__ import annotations
 
@@ -9,31 +14,61 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fslora.depth import read_depth
+
 Forward = Literal["sketched", "full"]
 Averaging = Literal["participants", "count", "inverse"]
 Sampler = Literal["uniform", "balanced", "nested", "class-shared", "importance"]
+Redraw = Literal["round", "step"]
 
 Floats = NDArray[np.float64]
 
 _COHORTS = 256
 
 
-def check_options(forward: Forward, averaging: Averaging, sampler: Sampler) -> None:
+def check_options(
+    forward: Forward,
+    averaging: Averaging,
+    sampler: Sampler,
+    redraw: Redraw = "round",
+    depth: str = "all",
+    depth_min_probability: float = 1.0,
+) -> None:
     """Refuse options that do not go together.
 
     Raises:
-        ValueError: the sketched forward with averaging by inverse probability, or sampling by
-            importance without it.
+        ValueError: the sketched forward with averaging by inverse probability; sampling by
+            importance where nothing makes up for it; a new sketch for every step from a sampler
+            that needs the other clients; or a depth that is none, or is drawn and nothing makes
+            up for it.
     """
     if forward == "sketched" and averaging == "inverse":
         raise ValueError(
             "--forward sketched already multiplies by R/S, and --averaging inverse would do it "
             "again; use --forward full with it, or --averaging participants"
         )
-    if sampler == "importance" and averaging != "inverse":
+    unbiased = {"sketched": "participants", "full": "inverse"}
+    if sampler == "importance" and averaging != unbiased[forward]:
         raise ValueError(
             "--sampler importance draws some ranks more often, which only the inverse of their "
-            "probabilities makes up for; use --forward full --averaging inverse with it"
+            "probabilities makes up for: in the forward pass, use --forward sketched --averaging "
+            "participants with it, or in the mean, --forward full --averaging inverse"
+        )
+    if redraw == "step" and sampler != "uniform":
+        raise ValueError(
+            f"--redraw step lets a client draw by its own key alone, and --sampler {sampler} needs "
+            "more than that; use --sampler uniform with it"
+        )
+    if not 0 < depth_min_probability <= 1:
+        raise ValueError(
+            f"--depth-min-probability must be in (0, 1], got {depth_min_probability:g}: a layer "
+            "that is never trained cannot be made up for"
+        )
+    if read_depth(depth).drawn and (forward, averaging) != ("full", "inverse"):
+        raise ValueError(
+            f"--depth {depth} trains lower layers less often: they stay in the forward pass as "
+            "they are, and the inverse of their probability makes up for it; use --forward full "
+            "--averaging inverse with it, or the biased --depth top:K"
         )
 
 
@@ -43,6 +78,7 @@ def expected_step(
     forward: Forward,
     averaging: Averaging,
     sampler: Sampler = "uniform",
+    draws: int = 1,
 ) -> float:
     """Return how far a rank is expected to move, over what the full gradient would move it.
 
@@ -52,6 +88,11 @@ def expected_step(
         participants   E[Σ hᵢgᵢ] / n
         count          E[Σ hᵢgᵢ / max(1, Σ hᵢ)]
         inverse        E[Σ hᵢgᵢ/ρᵢ] / n
+
+    Where the client draws anew in each of H steps, of which the rank is in Bᵢ, it is trained with
+    P(hᵢ = 1) = 1 - (1 - ρᵢ)ᴴ and moves by gᵢBᵢ/H: this matters to "count" alone, as E[Bᵢ] = ρᵢH.
+    A depth that is drawn changes nothing, as its probabilities are made up for; with "top" it is
+    the factor of the layers that are trained, and the others' is 0.
 
     AdamW's steps do not grow with the gradient, so that its clients move a rank by the factor of
     "full" whatever their forward is.
@@ -63,6 +104,7 @@ def expected_step(
         averaging: how the server averages.
         sampler: matters to "count" alone. For "uniform" the expectation is exact, for the others
             it is exact for a cohort and the mean over 256 seeded cohorts.
+        draws: H where a client draws anew in every step, 1 where its sketch stays for the round.
 
     Returns:
         The factor; 1 is the full gradient's.
@@ -74,28 +116,35 @@ def expected_step(
     if averaging == "inverse":
         return float(np.mean(step))
     if sampler == "uniform":
-        return _count_of_independent(rho, per_round, forward)
+        return _count_of_independent(rho * step, 1 - (1 - rho) ** draws, per_round)
     generator = np.random.default_rng(0)
-    draws = (np.sort(generator.choice(len(rho), per_round, replace=False)) for _ in range(_COHORTS))
+    cohorts = (
+        np.sort(generator.choice(len(rho), per_round, replace=False)) for _ in range(_COHORTS)
+    )
     factors = [
         sum(weight * step[cohort][held].mean() for weight, held in _holders(rho[cohort], sampler))
-        for cohort in draws
+        for cohort in cohorts
     ]
     return float(np.mean(factors))
 
 
-def _count_of_independent(rho: Floats, per_round: int, forward: Forward) -> float:
+def _count_of_independent(moves: Floats, held: Floats, per_round: int) -> float:
     """The factor of "count" where clients draw independently.
 
-    E[Σ hᵢ/ρᵢ / max(1, Σ hᵢ)] = Σᵢ E[1 / (1 + Σ over k ≠ i of hₖ)] = Σᵢ ∫₀¹ Π (1 - ρₖ + ρₖt) dt, and
-    the mean of such products over all cohorts is a normalised elementary symmetric polynomial.
+    With mᵢ the expected movement by client i and pₖ = P(hₖ = 1) it is
+    Σᵢ mᵢ E[1 / (1 + Σ over k ≠ i of hₖ)] = Σᵢ mᵢ ∫₀¹ Π over k ≠ i of (1 - pₖ + pₖt) dt, and the
+    mean of such products over all cohorts with i is a normalised elementary symmetric polynomial.
     """
-    if forward == "full":  # P(somebody trains it)
-        return 1.0 - float(_mean_product(1 - rho[:, None], per_round)[0])
     nodes, weights = np.polynomial.legendre.leggauss(per_round // 2 + 1)  # exact at this degree
     times = (nodes + 1) / 2
-    products = _mean_product(1 - rho[:, None] * (1 - times), per_round - 1)
-    return per_round * float(weights @ products) / 2
+    factors = 1 - held[:, None] * (1 - times)
+    kinds = np.stack([moves, held])
+    _, first, alike = np.unique(kinds, axis=1, return_index=True, return_counts=True)
+    total = 0.0
+    for place, clients in zip(first, alike, strict=True):
+        products = _mean_product(np.delete(factors, place, axis=0), per_round - 1)
+        total += clients * moves[place] * float(weights @ products) / 2
+    return total * per_round / len(held)
 
 
 def _mean_product(values: Floats, size: int) -> Floats:

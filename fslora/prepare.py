@@ -95,6 +95,9 @@ def prepare(config: SimulateConfig) -> Run:
         torch.set_num_threads(config.threads)
     task = make_task(config)
     rows = read_rows(config.data, reader=config.reader, header=config.header)
+    if 0 < config.train_rows < len(rows):
+        places = np.linspace(0, len(rows) - 1, config.train_rows).round().astype(int)
+        rows = [rows[place] for place in places]
     evaluation_rows = None
     if config.eval_data:
         evaluation_rows = read_rows(

@@ -6,7 +6,7 @@ Everything here is frozen data; a strategy is three pure functions over it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -43,7 +43,8 @@ class Sketch:
     Attributes:
         index: int64 ``[S]``, ascending; None means every rank.
         rank: R, the rank of the global adapter.
-        probability: float64 ``[S]``, with which each rank of the index was drawn; None is S/R.
+        probability: float64 ``[S]``, with which each rank of the index trains in a step; None is
+            S/R.
     """
 
     index: Tensor | None
@@ -75,6 +76,15 @@ class Sketch:
         """1/π of each rank of the index, ``[S, 1]``, or one number for all."""
         return self.correction if self.probability is None else 1 / self.probability[:, None]
 
+    def thinned(self, share: float) -> Sketch:
+        """Return the same ranks, of a module that is trained with a probability of its own."""
+        if share == 1.0:
+            return self
+        own = self.probability
+        if own is None:
+            own = torch.full((self.size,), 1 / self.correction, dtype=torch.float64)
+        return replace(self, probability=share * own)
+
 
 @dataclass(frozen=True, slots=True)
 class LocalRule:
@@ -95,6 +105,8 @@ class LocalRule:
             back.
         penalty: λ, times Σ over modules of ‖B[:, j:]‖ ‖A[j:]‖ (Frobenius) is added to the loss.
         penalty_from: j, the first rank that is penalised.
+        redrawn_ranks: S: of the rows that it has, a client trains in each step the ranks that
+            ``sketch.draw_steps`` draws anew; 0: all of them in every step.
     """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -109,6 +121,7 @@ class LocalRule:
     trainable: Literal["both", "a", "b"] = "both"
     penalty: float = 0.0
     penalty_from: int = 0
+    redrawn_ranks: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train."""
@@ -120,6 +133,8 @@ class LocalRule:
         for name in ("clip_norm", "weight_decay", "momentum", "penalty", "penalty_from"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.redrawn_ranks and (self.trainable != "both" or self.penalty):
+            raise ValueError("a new sketch for every step is of both factors and has no penalty")
 
     @property
     def trained(self) -> tuple[bool, bool]:
@@ -139,11 +154,14 @@ class ClientTask:
         sketches: module name to the ranks that the factors are; the server's own copy is what
             an answer is applied by.
         local: how to train.
-        key: of the client's batches and of what its model draws.
+        key: of the client's batches, of what its model draws, and of the sketches of its steps.
         nonce: echoed by the answer.
         scale: of the client's delta, relative to the global adapter's own α/R: R/S where the
             sketch is corrected for, else 1.
-        frozen: ranks that are in the client's forward beside its own and are not trained.
+        rank_scales: module name to a scale for each rank, ``[S]``, in place of ``scale``, where
+            the ranks of a sketch were not drawn alike: 1/π.
+        frozen: ranks that are in the client's forward beside its own and are not trained; of
+            modules that are not in ``adapters``, all that there are.
         residual: what the base weights have gained, as ``ServerState.base_residual``.
         held_bytes: how much of the adapters, frozen and residual the client has already, from an
             earlier round or from the seed, so that it does not travel.
@@ -159,6 +177,7 @@ class ClientTask:
     key: int
     nonce: int
     scale: float = 1.0
+    rank_scales: dict[str, Tensor] = field(default_factory=dict)
     frozen: Adapters = field(default_factory=dict)
     residual: Adapters = field(default_factory=dict)
     held_bytes: int = 0

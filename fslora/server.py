@@ -37,7 +37,7 @@ class ClientRecord:
 
     Attributes:
         id: who.
-        ratio: S/R of its sketch; 0 where no adapter travels.
+        ratio: S/R of its sketch, in each step; 0 where no adapter travels.
         bytes_up: sent by the client, head included; 0 if nothing usable came.
         bytes_down: sent to the client, head included.
         examples: distinct examples it has.
@@ -272,7 +272,7 @@ def _client_record(
     times = plan.times.get(task.client_id)
     return ClientRecord(
         id=task.client_id,
-        ratio=0.0 if sketch is None else sketch.size / sketch.rank,
+        ratio=0.0 if sketch is None else (task.local.redrawn_ranks or sketch.size) / sketch.rank,
         bytes_up=sum(upload_bytes(task)) if sent else 0,
         bytes_down=sum(download_bytes(task)),
         examples=0 if update is None else update.num_examples,
@@ -338,4 +338,5 @@ def _coverage(tasks: Sequence[ClientTask]) -> list[float]:
     if parts:
         counts += np.bincount(np.concatenate(parts), minlength=len(counts))
     counts += len(sketches) - len(parts)
-    return [round(float(share), 6) for share in counts / len(sketches)]
+    pairs = sum(len(task.sketches.keys() | task.frozen.keys()) for task in tasks)
+    return [round(float(share), 6) for share in counts / pairs]

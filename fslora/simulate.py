@@ -157,13 +157,16 @@ def _evaluated(run: Run, state: ServerState, record: RoundRecord) -> RoundRecord
     states = run.strategy.evaluated(state)
     record = replace(record, effective_rank=round(evaluation.effective_rank(states), 6))
     first_or_last = state.round in (0, run.config.rounds)
-    if state.round % run.config.eval_every and not first_or_last:
+    # Where every client has a model of its own, judging them all costs a pass for each.
+    due = len(states) == 1 and state.round % run.config.eval_every == 0
+    if not due and not first_or_last:
         return record
     examples, size = run.data.evaluation, run.config.batch_size * 4
     whole = evaluation.evaluate_mean(run.model, states, run.task, examples, size)
     sketched = None
-    # No other strategy's clients minimise this loss.
-    if run.config.strategy == "fslora" and run.config.forward == "sketched":
+    # No others' clients minimise this loss: it is that of sketches drawn uniformly.
+    minimised = run.config.strategy == "fslora" and run.config.forward == "sketched"
+    if minimised and run.config.eval_sketched and run.config.sampler != "importance":
         sketched = evaluation.evaluate_sketched(
             run.model, state, run.task, examples, size, run.config.ratio_values
         )

@@ -85,6 +85,56 @@ def cohort_sketches(
     return sketches
 
 
+def draw_steps(key: int, modules: Sequence[str], rank: int, size: int, steps: int) -> torch.Tensor:
+    """Draw a new index set for every local step, as server and client both do.
+
+    Args:
+        key: of the client's task; step t draws by ``draw_uniform`` from ``fold_in(key, "sketch",
+            t)``, t counted from 0.
+        modules: module names.
+        rank: R.
+        size: S.
+        steps: H.
+
+    Returns:
+        int64 ``[steps, modules, S]``, each row ascending.
+    """
+    drawn = [
+        draw_uniform(fold_in(key, "sketch", step), modules, rank, size) for step in range(steps)
+    ]
+    return torch.stack(drawn)
+
+
+def step_unions(
+    keys: Mapping[str, int], sizes: Mapping[str, int], adapters: Adapters, steps: int
+) -> dict[str, dict[str, Sketch]]:
+    """Return the ranks that clients which draw anew in every step train in any of them.
+
+    About R (1 - (1 - S/R)ᴴ) ranks; each trains in a step with probability S/R.
+
+    Args:
+        keys: client id to the key of its task.
+        sizes: client id to S.
+        adapters: the global factors.
+        steps: H.
+
+    Returns:
+        Client id to module name to sketch.
+    """
+    modules, rank = list(adapters), next(iter(adapters.values())).rank
+    sketches = {}
+    for client, size in sizes.items():
+        sketches[client] = {module: Sketch(None, rank) for module in modules}
+        if size == rank:
+            continue
+        drawn = draw_steps(keys[client], modules, rank, size, steps)
+        for place, module in enumerate(modules):
+            union = torch.unique(drawn[:, place])
+            probability = torch.full(union.shape, size / rank, dtype=torch.float64)
+            sketches[client][module] = Sketch(union, rank, probability)
+    return sketches
+
+
 def _by_importance(key: int, adapters: Adapters, size: int) -> dict[str, Sketch]:
     norms = torch.stack(
         [a.double().norm(dim=1) * b.double().norm(dim=1) for a, b in adapters.values()]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fslora_kernels.seeds import fold_in, splitmix64
+from fslora_kernels.seeds import fold_in, splitmix64, uniform
 
 
 def sketch_size(rank: int, ratio: float) -> int:
@@ -113,8 +113,7 @@ def draw_systematic(key: int, modules: Sequence[str], inclusion: Tensor) -> Tens
         others = order[probability[order] < 1]
         count = round(float(probability.sum())) - len(certain)
         ends = probability[others].cumsum(0)[:-1].contiguous()  # the last one's is the sum
-        start = ((fold_in(key, module, "start") >> 11) + 0.5) * 2.0**-52
-        points = torch.arange(count, dtype=torch.float64) + start
+        points = torch.arange(count, dtype=torch.float64) + uniform(key, module, "start")
         places = torch.searchsorted(ends, points, right=True)
         drawn.append(torch.cat([certain, others[places]]).sort().values)
     return torch.stack(drawn)

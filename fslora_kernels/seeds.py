@@ -32,6 +32,11 @@ def fold_in(key: int, *path: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def uniform(key: int, *path: int | str) -> float:
+    """Draw from (0, 1): the folded key's upper 52 bits and a half, over 2⁵²."""
+    return ((fold_in(key, *path) >> 11) + 0.5) * 2.0**-52
+
+
 def splitmix64(keys: NDArray[np.uint64], count: int) -> NDArray[np.uint64]:
     """Return the first ``count`` outputs of SplitMix64 for each key.
 

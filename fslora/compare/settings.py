@@ -17,12 +17,12 @@ Setting = str | int | float | bool
 
 # The track is the same for all: what a strategy's options and the search may not touch.
 TRACK = (
-    *("model", "data", "eval_data", "validation", "task", "text_column", "label_column"),
-    *("prompt_columns", "response_column", "header", "reader", "metric", "partition", "clients"),
-    *("per_round", "strategy", "rounds", "local_steps", "batch_size", "accumulation"),
-    *("max_length", "seed", "device", "dtype", "implementation", "threads", "layers"),
-    *("eval_every", "eval_examples", "devices", "device_order", "deadline", "over_select"),
-    *("faults", "targets", "out", "resume"),
+    *("model", "data", "eval_data", "train_rows", "validation", "task", "text_column"),
+    *("label_column", "prompt_columns", "response_column", "header", "reader", "metric"),
+    *("partition", "clients", "per_round", "strategy", "rounds", "local_steps", "batch_size"),
+    *("accumulation", "max_length", "seed", "device", "dtype", "implementation", "threads"),
+    *("layers", "eval_every", "eval_sketched", "eval_examples", "devices", "device_order"),
+    *("deadline", "over_select", "faults", "targets", "out", "resume"),
 )
 
 
@@ -41,8 +41,9 @@ class CompareConfig:
         seeds: comma-separated; each has its own split, the same for all strategies.
         search: settings to try for every strategy, before the comparison: KEY=VALUE,VALUE…, such
             as lr=1e-3,3e-3,1e-2; several keys, separated by semicolons, are tried in all
-            combinations. Judged on a tenth of the clients' own data: with --eval-data once, with
-            the first seed; without, for each seed, as each is then judged by rows of its own.
+            combinations. Judged on a tenth of the clients' own data: once, with the first seed,
+            where all seeds are judged by the same rows (--eval-data, or running text of natural
+            clients); else for each seed.
         search_rounds: rounds of each trial; 0 takes half of --rounds.
         jobs: runs at a time, each with one thread unless --threads says otherwise.
         name: of the data set in the tables; default the name of --data.
@@ -90,8 +91,9 @@ class CompareConfig:
         """The strategies with their options."""
         texts: list[str] = []
         for part in (text.strip() for text in self.strategies.split(",")):
-            if texts and "=" in part and ":" not in part.partition("=")[0]:
-                texts[-1] += f",{part}"  # one more option of the one before
+            more = "=" in part and ":" not in part.partition("=")[0]
+            if texts and (more or part[:1].isdigit()):
+                texts[-1] += f",{part}"  # one more option, or value of a list, of the one before
             elif part:
                 texts.append(part)
         return tuple(map(read_entry, texts))
@@ -125,7 +127,9 @@ class CompareConfig:
 
     def search_seed(self, seed: int) -> int:
         """The seed with which the settings for this one are searched."""
-        return self.seed_values[0] if self.run.eval_data else seed
+        # Running text of natural clients is held out at its end, whatever the seed.
+        fixed = self.run.task == "causal-lm" and self.run.partition.startswith("natural")
+        return self.seed_values[0] if self.run.eval_data or fixed else seed
 
     def of_run(self, entry: Entry, seed: int, found: Mapping[str, Any]) -> SimulateConfig:
         """The config of one run of the comparison.
@@ -164,6 +168,7 @@ class CompareConfig:
             strategy=entry.strategy,
             seed=seed,
             threads=self.run.threads or 1,
+            eval_sketched=False,  # only one strategy has it, and no table shows it
             out=str(out),
             resume=(out / "config.json").is_file(),
         )
@@ -220,14 +225,14 @@ def read_comparison(run: SimulateConfig | None, path: Path | None) -> CompareCon
 
 
 def read_entry(text: str) -> Entry:
-    """Read `name` or `name:key=value,key=value`.
+    """Read `name` or `name:key=value,key=value`; a value may be a list, such as ratios=1/4,1/2.
 
     Raises:
         ValueError: an unknown strategy or setting, or a setting that all strategies share.
     """
     name, _, rest = text.partition(":")
-    options = {}
-    for part in (part for part in rest.split(",") if part):
+    options: dict[str, Setting] = {}
+    for part in re.split(r",(?=[^,=]*=)", rest) if rest else ():
         key, _, value = part.partition("=")
         key = key.strip().replace("-", "_")
         options[key] = option(key, value, text)

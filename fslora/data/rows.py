@@ -26,7 +26,9 @@ def read_rows(
 
     Args:
         source: what to read. In this order: a file or folder that exists (a folder is all its
-            files of a known type, sorted by name); `python-docs`, the built-in corpus; else the
+            files of a known type, sorted by name; a pattern such as `texts/part_*` those of that
+            folder that it matches; rows of several files have their file's name as the column
+            `file`); `python-docs`, the built-in corpus; else the
             id of a Hugging Face data set, with `:config` where it has several.
         reader: `play` reads text files as plays, one row per turn, columns `speaker` and `text`.
         header: whether the first line of a tsv or csv names its columns.
@@ -36,11 +38,17 @@ def read_rows(
         FileNotFoundError: `source` looks like a path, and there is nothing.
         ValueError: the data is empty, malformed or cannot be loaded.
     """
-    path = Path(source).expanduser()
-    if path.exists():
-        files = _files_in(path) if path.is_dir() else [path]
-        play = reader == "play"
-        return [row for file in files for row in read_file(file, header=header, play=play)]
+    path, play = Path(source).expanduser(), reader == "play"
+    if path.is_file():
+        return read_file(path, header=header, play=play)
+    if path.is_dir() or (path.parent.is_dir() and _is_pattern(path.name)):
+        files = _files_in(path)
+        parts = [read_file(file, header=header, play=play) for file in files]
+        if len(files) > 1:
+            for file, part in zip(files, parts, strict=True):
+                for row in part:
+                    row.setdefault("file", file.name.partition(".")[0])
+        return [row for part in parts for row in part]
     if reader == "play":
         _refuse_missing_path(source, must_be_path=True)
     if source == BUILT_IN:
@@ -81,12 +89,18 @@ def columns(rows: Rows, names: Sequence[str | int]) -> list[tuple[str, ...]]:
     return list(zip(*(column(rows, name) for name in names), strict=True))
 
 
-def _files_in(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file_type(file))
+def _is_pattern(name: str) -> bool:
+    return any(sign in name for sign in "*?[")
+
+
+def _files_in(path: Path) -> list[Path]:
+    """The data files of a folder, or of a pattern of names in one."""
+    found = path.iterdir() if path.is_dir() else path.parent.glob(path.name)
+    files = sorted(file for file in found if file.is_file() and file_type(file))
     if not files:
         raise ValueError(
-            f"{folder}: no data file in this folder; known types are {', '.join(TYPES)}, "
-            "also with .gz"
+            f"{path}: no data file in this folder; known types are "
+            f"{', '.join(TYPES)}, also with .gz"
         )
     return files
 

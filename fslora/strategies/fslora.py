@@ -11,11 +11,29 @@ not over those who trained a rank. Sᵢ = R for all is FedAvg-LoRA.
 
 Bytes of one client and round, each way: Σ over modules of Sᵢ (D + E) · itemsize, plus heads whole.
 
-Options. ``forward="full"``: the client computes with the whole adapter, W₀ + (α/R) BA, of which
-only its sketch trains; it downloads Σ over modules of R (D + E) · itemsize and computes with all R
-ranks. ``averaging`` by the count of those who trained a rank or by the inverse probability of its
-being drawn, and the ``sampler``: ``options.expected_step`` says how long a step each makes on
-average, ``sketch.cohort_sketches`` how sets are drawn.
+Options; ``options.expected_step`` says how long a step they make on average.
+
+``forward="full"``: the client computes with the whole adapter, W₀ + (α/R) BA, of which only its
+sketch trains; it downloads Σ over modules of R (D + E) · itemsize and computes with all R ranks.
+
+``averaging``: by the count of those who trained a rank, or by the inverse probability of its being
+trained in a step.
+
+``sampler``: as ``sketch.cohort_sketches``. With "importance" and the sketched forward the client
+computes with Σ over j in Iᵢ of bⱼaⱼᵀ/πⱼ. As π follows from ranks that it does not have, 1/π is
+sent: Σ over modules of Sᵢ · itemsize more down.
+
+``redraw="step"``: a new Iᵢ for each of the H steps, drawn by client and server alike from the
+task's key (``sketch.draw_steps``). Down and up go the ranks that any step trains, Σ over modules of
+|Uᵢ| (D + E) · itemsize with Uᵢ = ∪ Iᵢ, E|Uᵢ| = R (1 - (1 - Sᵢ/R)ᴴ), and with the full forward all R
+down; the client keeps moments of |Uᵢ| ranks, and each step computes with Sᵢ (R).
+
+``depth``: a client trains its sketches in the upper layers only, as many as are drawn for it and
+the round, and the lower ones stay in its forward pass whole. Layer l trains with probability πₗ
+(``Depth.probabilities``), which averaging by inverse probability makes up for. Down Σ over all
+modules of R (D + E) · itemsize, up Σ over the trained ones of Sᵢ (D + E) · itemsize. With "top:K"
+the layers below the top K never have an adapter: nothing of theirs travels, and what they could
+have learnt is lost.
 
 Source: arXiv 2501.19389, Algorithm 1; the options are ours.
 """
@@ -29,21 +47,29 @@ from dataclasses import replace
 from fslora.aggregation import ServerOptimizer, averaged
 from fslora.assignment import (
     check_ratios,
+    client_key,
     client_task,
     common_rank,
     first_state,
     gather_each,
     gather_rest,
+    inverse_probabilities,
+    task_key,
+    upper_layers,
 )
-from fslora.options import Averaging, Forward, Sampler, check_options, expected_step
+from fslora.depth import read_depth
+from fslora.options import Averaging, Forward, Redraw, Sampler, check_options, expected_step
 from fslora.protocol import (
+    Adapters,
     ClientTask,
     ClientUpdate,
+    Extras,
     LocalRule,
     ServerState,
+    Sketch,
     Strategy,
 )
-from fslora.sketch import cohort_sketches
+from fslora.sketch import cohort_sketches, step_unions
 from fslora_kernels.sampling import sketch_size
 
 
@@ -56,6 +82,9 @@ def fslora(
     forward: Forward = "sketched",
     averaging: Averaging = "participants",
     sampler: Sampler = "uniform",
+    redraw: Redraw = "round",
+    depth: str = "all",
+    depth_min_probability: float = 0.1,
     per_round: int | None = None,
 ) -> Strategy:
     """Build the strategy; the options' defaults are the paper's.
@@ -68,6 +97,9 @@ def fslora(
         forward: "sketched", or "full".
         averaging: "participants", "count" or "inverse".
         sampler: as ``sketch.cohort_sketches``.
+        redraw: a client's sketch is drawn for the "round", or for every "step".
+        depth: "all" layers, or as ``depth.read_depth``.
+        depth_min_probability: with which a layer is trained at least, where depth is drawn.
         per_round: clients a round, for the factor of a warning; default all.
 
     Returns:
@@ -77,31 +109,47 @@ def fslora(
         ValueError: a ratio is not in (0, 1], or the options do not go together.
 
     Warns:
-        UserWarning: the sketched forward is averaged by count, a longer step than the gradient's.
+        UserWarning: the sketched forward is averaged by count, a longer step than the gradient's;
+            or some layers are never trained.
     """
     check_ratios(ratios)
-    check_options(forward, averaging, sampler)
+    check_options(forward, averaging, sampler, redraw, depth, depth_min_probability)
+    reach = read_depth(depth)
     if forward == "sketched" and averaging == "count":
-        cohort = len(ratios) if per_round is None else per_round
-        of_all = [ratios[client_id] for client_id in sorted(ratios)]
-        factor = expected_step(of_all, cohort, forward, averaging, sampler)
+        draws = local.steps if redraw == "step" else 1
+        _warn_of_longer_steps(ratios, per_round or len(ratios), sampler, draws)
+    if reach.kind == "top":
         warnings.warn(
-            f"--forward sketched with --averaging count moves a rank {factor:.3g} times as far as "
-            "the full gradient would (expected, linear loss, SGD clients); lower --server-lr, or "
-            "use --forward full",
+            f"--depth {depth} is biased: it never trains the layers below; --depth uniform does",
             stacklevel=2,
         )
+
+    def init(adapters: Adapters, extras: Extras, seed: int) -> ServerState:
+        ever = reach.ever_trained(adapters)
+        return first_state({name: adapters[name] for name in ever}, extras, seed)
+
+    def draw(state: ServerState, sizes: Mapping[str, int]) -> dict[str, dict[str, Sketch]]:
+        if redraw == "round":
+            return cohort_sketches(state.key, state.round + 1, sizes, state.adapters, sampler)
+        keys = {client_id: task_key(state, client_id) for client_id in sizes}
+        return step_unions(keys, sizes, state.adapters, local.steps)
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
         rank = common_rank(state.adapters)
         sizes = {client_id: sketch_size(rank, ratios[client_id]) for client_id in cohort}
-        drawn = cohort_sketches(state.key, state.round + 1, sizes, state.adapters, sampler)
-        gathered, tasks = gather_each(state.adapters, drawn), []
+        sketches, tasks = draw(state, sizes), []
+        for client_id, own in sketches.items():
+            key, ratio = client_key(state, client_id), ratios[client_id]
+            sketches[client_id] = upper_layers(own, key, reach, ratio, depth_min_probability)
+        gathered = gather_each(state.adapters, sketches)
         for client_id, size in sizes.items():
-            task = client_task(state, client_id, drawn[client_id], local, gathered[client_id])
+            redrawn = size if redraw == "step" and size < rank else 0
+            rule, own = replace(local, redrawn_ranks=redrawn), sketches[client_id]
+            task = client_task(state, client_id, own, rule, gathered[client_id])
             if forward == "full":
-                rest = gather_rest(state.adapters, drawn[client_id])
-                tasks.append(replace(task, frozen=rest))
+                tasks.append(replace(task, frozen=gather_rest(state.adapters, own)))
+            elif sampler == "importance" and size < rank:
+                tasks.append(replace(task, rank_scales=inverse_probabilities(task)))
             else:
                 tasks.append(replace(task, scale=rank / size))
         return tasks
@@ -111,4 +159,17 @@ def fslora(
     ) -> ServerState:
         return averaged(state, tasks, updates, server_optimizer, server_lr, averaging)
 
-    return Strategy(first_state, assign, aggregate)
+    return Strategy(init, assign, aggregate)
+
+
+def _warn_of_longer_steps(
+    ratios: Mapping[str, float], per_round: int, sampler: Sampler, draws: int
+) -> None:
+    of_all = [ratios[client_id] for client_id in sorted(ratios)]
+    factor = expected_step(of_all, per_round, "sketched", "count", sampler, draws)
+    warnings.warn(
+        f"--forward sketched with --averaging count moves a rank {factor:.3g} times as far as "
+        "the full gradient would (expected, linear loss, SGD clients); lower --server-lr, or "
+        "use --forward full",
+        stacklevel=3,
+    )

@@ -26,12 +26,13 @@ class Restriction:
     Attributes:
         index: view mode: int64 ``[S]`` into the layer's own factors, on their device.
         leaves: compact mode: a client's own factors, used whole.
-        scale: of the leaves' delta, relative to the layer's own scaling; None is rank / S.
+        scale: of the leaves' delta, relative to the layer's own scaling: one number, or one for
+            each rank ``[S]``; None is rank / S.
     """
 
     index: Tensor | None = None
     leaves: LoRAWeights | None = None
-    scale: float | None = None
+    scale: float | Tensor | None = None
 
 
 UNRESTRICTED = Restriction()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fslora_kernels.nn.fuse import FusedLayers, fuse, fused_layers
 from fslora_kernels.nn.linear import Restriction
 from fslora_kernels.sampling import draw_indices, sketch_size
-from fslora_kernels.weights import Adapters, LoRAWeights, check_index, check_whole
+from fslora_kernels.weights import Adapters, LoRAWeights, check_devices, check_index, check_whole
 
 
 def ranks(model: nn.Module, *, adapter_name: str | None = None) -> dict[str, int]:
@@ -137,7 +137,7 @@ def bind(
     adapters: Adapters,
     *,
     adapter_name: str | None = None,
-    scale: float | None = None,
+    scale: float | Mapping[str, Tensor] | None = None,
 ) -> None:
     """Compact mode: let layers compute with these leaves instead of their own factors.
 
@@ -148,10 +148,11 @@ def bind(
         adapters: module name to ``[S, D]`` and ``[S, E]``, on the layer's device.
         adapter_name: the adapter that is replaced; default the active one.
         scale: of the delta, relative to the layer's own scaling; default rank / S, as a sketch
-            needs it.
+            needs it. Or module name to one for each rank, ``[S]`` on the layer's device, as ranks
+            need that were not drawn alike; it is not differentiated.
 
     Raises:
-        ValueError: unknown module, or factors that do not fit the layer.
+        ValueError: unknown module, or factors or scales that do not fit the layer.
     """
     layers = fused_layers(model)
     named = list(_named(layers, adapters, adapter_name))
@@ -165,9 +166,24 @@ def bind(
                 f"{tuple(leaves.lora_b.shape)}, but the layer takes [S, {wanted[0]}] and "
                 f"[S, {wanted[1]}] with S at most {layer.r[adapter]}"
             )
+    if isinstance(scale, Mapping):
+        _check_scales(scale, adapters)
     _unrestrict(layers)
     for name, layer, adapter in named:
-        layer.restrictions[adapter] = Restriction(leaves=adapters[name], scale=scale)
+        own = scale[name] if isinstance(scale, Mapping) else scale
+        layer.restrictions[adapter] = Restriction(leaves=adapters[name], scale=own)
+
+
+def _check_scales(scales: Mapping[str, Tensor], adapters: Adapters) -> None:
+    for name, leaves in adapters.items():
+        given = scales.get(name)
+        if given is None or given.shape != (leaves.rank,) or given.requires_grad:
+            found = None if given is None else tuple(given.shape)
+            raise ValueError(
+                f"{name} has {leaves.rank} ranks and the scales {found}; give each rank one, in a "
+                f"tensor [{leaves.rank}] that does not require a gradient"
+            )
+        check_devices(leaves.lora_a.device, f"the leaves of {name}", scale=given)
 
 
 def unbind(model: nn.Module | FusedLayers) -> None:

@@ -60,3 +60,13 @@ def test_the_command_prints_shares_of_peft(dropout, capsys):
     ours = [line for line in printed.splitlines() if line.startswith("ours at S")]
     assert f" {dropout} " in ours[1]
     assert "(1.00)" in printed
+
+
+def test_in_half_precision_peft_as_it_comes_is_a_row_of_its_own(capsys):
+    flags = ["--batch", "1", "--length", "8", "--hidden", "32", "--intermediate", "48"]
+    assert memory.main([*flags, "--heads", "4", "--device", "cpu", "--dtype", "bfloat16"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("over PEFT as it comes") == 4
+    rows = {line.split("  ")[0]: line for line in printed.splitlines() if " 0.1 " in line}
+    saved = {name: int(line.split(" 0.1 ")[1].split()[0]) for name, line in rows.items()}
+    assert saved["ours at S"] < saved["PEFT at S"] < saved["PEFT f32 at S"]

@@ -23,7 +23,7 @@ SHARED = [
     ("commonsense/ARC-Easy/test.json.gz", {}, 2376, None),
     ("commonsense/openbookqa/train.json.gz", {}, 4957, None),
     ("commonsense/openbookqa/test.json.gz", {}, 500, None),
-    ("dolly15k", {}, 14931 + 80, ["instruction", "context", "response", "category"]),
+    ("dolly15k", {}, 14931 + 80, ["instruction", "context", "response", "category", "file"]),
     # 7222 paragraphs, of which 125 are a name without a word.
     ("tinyshakespeare/input.txt.gz", {"reader": "play"}, 7097, ["speaker", "text"]),
     ("tinystories", {}, 1, ["text"]),
@@ -57,7 +57,12 @@ def test_a_folder_is_its_known_files_in_order(tmp_path):
     (tmp_path / "a.csv").write_text("a\nfirst\n")
     (tmp_path / "notes.md").write_text("no data")
     (tmp_path / "deeper.csv").mkdir()
-    assert read_rows(str(tmp_path)) == [{"a": "first"}, {"a": "second"}]
+    rows = [{"a": "first", "file": "a"}, {"a": "second", "file": "b"}]
+    assert read_rows(str(tmp_path)) == rows
+    assert read_rows(str(tmp_path / "[ab]*")) == rows
+    assert read_rows(str(tmp_path / "*.csv")) == [{"a": "first"}], "one file needs no name"
+    with pytest.raises(ValueError, match=r"c\*: no data file"):
+        read_rows(str(tmp_path / "c*"))
 
 
 def test_a_folder_without_data_is_refused(tmp_path):

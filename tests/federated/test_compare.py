@@ -69,6 +69,16 @@ def test_runs_are_those_of_simulate_on_equal_splits_and_are_not_run_again(track,
     assert tree(track.run.out) == before, "nothing was written again"
 
 
+def test_options_of_one_strategy_may_be_lists_and_need_whole_cohorts(track):
+    label = "fslora:averaging=count,sampler=balanced,ratios=1/8,1/4,1/2"
+    asked = replace(track, strategies=f"fedit,{label}", seeds="0")
+    assert [entry.label for entry in asked.entries] == ["fedit", label]
+    with pytest.warns(UserWarning, match="moves a rank"):
+        found = compare(asked, QUIET)["datasets"][0]
+    folder = Path(found["strategies"][1]["runs"][0]["folder"])
+    assert json.loads((folder / "config.json").read_text())["ratios"] == [0.125, 0.25, 0.5]
+
+
 def test_an_interrupted_comparison_goes_on_where_it_was(track, monkeypatch):
     ran = []
 

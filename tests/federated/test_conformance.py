@@ -1,6 +1,7 @@
 """What every strategy must satisfy; what each of them computes is in the tests beside."""
 
 import itertools
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -23,14 +24,24 @@ ITEM = 8  # bytes of a float64
 
 REMEMBERING = ("hetlora", "rolora", "flora", "fedex-lora", "local-only")  # something of clients
 
-everyone = pytest.mark.parametrize("name", STRATEGIES)
+# FSLoRA's options that change what a client does with its ranks.
+FULL = {"forward": "full", "averaging": "inverse"}
+OPTIONS = {
+    "fslora, importance": {"sampler": "importance"},
+    "fslora, redraw": {"redraw": "step"},
+    "fslora, full, redraw, depth": {**FULL, "redraw": "step", "depth": "uniform"},
+    "fslora, top": {"depth": "top:1"},
+}
+
+everyone = pytest.mark.parametrize("name", [*STRATEGIES, *OPTIONS])
 
 
 def make(folder, name, ratios=RATIOS, local=SGD, *, prune=False):
-    options = {"penalty": 0.0} if name == "hetlora" and not prune else {}
-    _, strategy, state, client = world(
-        folder, ratios, local, STRATEGIES[name], head=True, **options
-    )
+    options = {"penalty": 0.0} if name == "hetlora" and not prune else OPTIONS.get(name, {})
+    factory = STRATEGIES[name.partition(",")[0]]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "--depth top:1 is biased")
+        _, strategy, state, client = world(folder, ratios, local, factory, head=True, **options)
     client.data[POOLED] = examples("one")
     return strategy, state, client
 
@@ -94,10 +105,11 @@ def test_an_empty_cohort_leaves_the_model_alone(tiny_llama, name):
     assert_same_bits(replace(after, round=0), state)
 
 
-@everyone
+# With depth drawn, the change is divided by its probability.
+@pytest.mark.parametrize("name", [n for n in (*STRATEGIES, *OPTIONS) if "depth" not in n])
 def test_a_cohort_of_one_makes_its_model_the_global_one(tiny_llama, name):
     """But for FSLoRA below S = R, whose scale differs between a client and the server."""
-    ratio = 1.0 if name == "fslora" else 0.5
+    ratio = 1.0 if name.startswith("fslora") else 0.5
     strategy, state, client = make(tiny_llama, name, (ratio,) * 4)
     for _ in range(2):
         tasks = strategy.assign(state, ["two"])

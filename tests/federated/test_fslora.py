@@ -45,7 +45,10 @@ def masked_global_training(folder, state, task):
             pair.lora_b.t().clone().requires_grad_(),
         )
         sketch = task.sketches[name]
-        masks[name] = (~outside(sketch)).double() * sketch.rank / sketch.size
+        masks[name] = torch.zeros(sketch.rank, dtype=torch.float64)
+        masks[name][~outside(sketch)] = task.rank_scales.get(
+            name, torch.tensor(sketch.correction, dtype=torch.float64)
+        )
     parameters = [leaf for pair in leaves.values() for leaf in pair]
     kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[rule.optimizer]
     options = {"momentum": rule.momentum} if rule.optimizer == "sgd" else {}

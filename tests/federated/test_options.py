@@ -11,11 +11,11 @@ from fslora.client import download_bytes, upload_bytes
 from fslora.clock import step_counter
 from fslora.config import SimulateConfig
 from fslora.options import expected_step
-from fslora.protocol import ClientUpdate, LocalRule, LoRAWeights
+from fslora.protocol import LocalRule, LoRAWeights
 from fslora.sketch import cohort_sketches
 from fslora.strategies import fed_plora, fslora
 
-from .worlds import CLIENTS, RANK, assert_same_bits, examples, world
+from .worlds import CLIENTS, RANK, assert_same_bits, examples, linear_update, world
 
 RATIOS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 SGD = LocalRule(optimizer="sgd", lr=0.05, steps=2, batch_size=3)
@@ -34,10 +34,10 @@ FACTORS = {
 ALLOWED = [pair for pair in FACTORS if pair != ("sketched", "inverse")]
 
 
-def built(ratios, **options):
+def built(ratios, local=SGD, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return fslora(ratios, SGD, **options)
+        return fslora(ratios, local, **options)
 
 
 # --- the full forward
@@ -109,15 +109,7 @@ def measured(ratios, per_round, rounds=80, modules=15, **options):
         order = torch.randperm(len(ratios), generator=generator)[:per_round].tolist()
         cohort = [list(ratios)[place] for place in sorted(order)]
         tasks = strategy.assign(replace(state, round=number), cohort)
-        updates = []
-        for task in tasks:
-            delta = {
-                name: LoRAWeights(torch.full_like(a, -lr * task.scale), torch.zeros_like(b))
-                for name, (a, b) in task.adapters.items()
-            }
-            updates.append(
-                ClientUpdate(task.round, task.client_id, task.nonce, delta, {}, 1, {"loss": 0.0})
-            )
+        updates = [linear_update(task, lr) for task in tasks]
         new = strategy.aggregate(replace(state, round=number), tasks, updates)
         moved += sum(float(pair.lora_a.mean()) for pair in new.adapters.values()) / modules
     return moved / rounds / -lr
@@ -163,9 +155,13 @@ def test_settings_refuse_what_cannot_be_before_anything_is_loaded():
     common = {"model": "m", "data": "d"}
     with pytest.raises(ValueError, match="--averaging inverse"):
         SimulateConfig(**common, averaging="inverse")
-    with pytest.raises(ValueError, match="use --forward full --averaging inverse"):
-        SimulateConfig(**common, forward="full", averaging="count", sampler="importance")
-    for option in ({"forward": "full"}, {"averaging": "count"}, {"sampler": "nested"}):
+    for forward, averaging in (("full", "count"), ("full", "participants"), ("sketched", "count")):
+        with pytest.raises(ValueError, match="or in the mean, --forward full --averaging inverse"):
+            SimulateConfig(**common, forward=forward, averaging=averaging, sampler="importance")
+    for option in (
+        *({"forward": "full"}, {"averaging": "count"}, {"sampler": "nested"}),
+        *({"redraw": "step"}, {"depth": "top:1"}, {"depth_min_probability": 0.2}),
+    ):
         with pytest.raises(ValueError, match=r"is an option of fslora.*leave it out"):
             SimulateConfig(**common, strategy="hetlora", **option)
 

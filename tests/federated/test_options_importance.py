@@ -7,16 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from fslora.client import download_bytes, upload_bytes
-from fslora.protocol import ClientUpdate, LocalRule, LoRAWeights
+from fslora.protocol import LocalRule, LoRAWeights
 from fslora.sketch import cohort_sketches
 from fslora.strategies import fslora
 from fslora_kernels.sampling import draw_systematic, inclusion_probabilities
 
-from .worlds import CLIENTS, RANK, world
+from .test_fslora import masked_global_training
+from .worlds import CLIENTS, RANK, linear_update, world
 
 OPTIONS = {"forward": "full", "averaging": "inverse", "sampler": "importance"}
+SKETCHED = {"sampler": "importance"}
 SGD = LocalRule(optimizer="sgd", lr=0.05, steps=2, batch_size=3)
 SIZES = torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 40]).double()
 MODULES = [f"layer.{n}" for n in range(2000)]
@@ -67,33 +70,51 @@ def test_sketches_carry_the_probabilities_of_their_ranks_by_the_norm_of_each_ter
     assert drawn["z"]["m"].index is None
 
 
-def test_a_linear_step_is_unbiased_rank_by_rank():
+@pytest.mark.parametrize("options", [OPTIONS, SKETCHED], ids=["full", "sketched"])
+def test_a_linear_step_is_unbiased_rank_by_rank(options):
     """Each rank on its own moves by the full gradient's step, whatever its probability."""
     adapters = {m: LoRAWeights(SIZES[:, None], torch.ones(RANK, 1).double()) for m in MODULES[:300]}
-    strategy = fslora(dict(zip(CLIENTS, (1 / 8, 1 / 4, 1 / 2, 1.0), strict=True)), SGD, **OPTIONS)
+    strategy = fslora(dict(zip(CLIENTS, (1 / 8, 1 / 4, 1 / 2, 1.0), strict=True)), SGD, **options)
     state = strategy.init(adapters, {}, 5)
     moved = torch.zeros(RANK, dtype=torch.float64)
     for number in range(4):
         tasks = strategy.assign(replace(state, round=number), CLIENTS)
-        updates = [
-            ClientUpdate(
-                t.round,
-                t.client_id,
-                t.nonce,
-                {
-                    n: LoRAWeights(torch.ones_like(p.lora_a), p.lora_b * 0)
-                    for n, p in t.adapters.items()
-                },
-                {},
-                1,
-                {"loss": 0.0},
-            )
-            for t in tasks
-        ]
+        updates = [linear_update(task, -1.0) for task in tasks]
         new = strategy.aggregate(replace(state, round=number), tasks, updates)
         for name, pair in new.adapters.items():
             moved += (pair.lora_a - adapters[name].lora_a)[:, 0] / len(adapters) / 4
     torch.testing.assert_close(moved, torch.ones(RANK).double(), rtol=0, atol=0.15)
+
+
+def test_a_sketched_client_computes_with_each_rank_over_its_probability(tiny_llama):
+    """Against vanilla PEFT with forward W0 + s B Ω A, Ω = diag(1/π) on the sketch."""
+    ratios = (1 / 8, 1 / 4, 1 / 2, 1.0)
+    _, strategy, state, client = world(tiny_llama, ratios, SGD, **SKETCHED)
+    for task in strategy.assign(state, CLIENTS):
+        update = client(task)
+        trained = masked_global_training(tiny_llama, state, task)
+        for name, (a, b) in trained.items():
+            sketch = task.sketches[name]
+            rows = slice(None) if sketch.index is None else sketch.index
+            if sketch.index is not None:
+                assert len(task.rank_scales[name].unique()) == sketch.size, "each has its own"
+            old_a, old_b = state.adapters[name]
+            torch.testing.assert_close(update.delta[name].lora_a, (a - old_a)[rows])
+            torch.testing.assert_close(update.delta[name].lora_b, (b.t() - old_b)[rows])
+
+
+def test_the_sketched_client_is_sent_its_weights(tiny_llama):
+    ratios = (1 / 8, 1 / 4, 1 / 2, 1.0)
+    _, strategy, state, client = world(tiny_llama, ratios, SGD, **SKETCHED)
+    for task, ratio in zip(strategy.assign(state, CLIENTS), ratios, strict=True):
+        size = round(RANK * ratio)
+        features = sum(p.lora_a.shape[1] + p.lora_b.shape[1] for p in state.adapters.values())
+        weights = size * len(state.adapters) if ratio < 1 else 0
+        assert download_bytes(task)[0] == (size * features + weights) * 8
+        assert upload_bytes(task)[0] == size * features * 8
+        scales = save(task.rank_scales)
+        assert len(scales) - 8 - int.from_bytes(scales[:8], "little") == weights * 8
+        assert client(task).delta.keys() == task.adapters.keys()
 
 
 def test_it_trains_and_is_charged_as_the_full_forward(tiny_llama):

@@ -144,3 +144,28 @@ def test_a_run_with_every_option_records_the_effective_rank_and_resumes(settings
     assert rows[-1]["adapter_bytes_down"] == full * whole.per_round
     with pytest.raises(ValueError, match="--sampler nested"):
         simulate(SimulateConfig(**{**parts, "sampler": "nested"}, resume=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"redraw": "step", "depth": "uniform", "forward": "full", "averaging": "inverse"},
+        {"sampler": "importance"},
+        {"redraw": "step", "averaging": "count", "depth": "top:1"},
+    ],
+    ids=["redraw_depth", "importance", "redraw_count_top"],
+)
+@pytest.mark.filterwarnings("ignore:--depth top", "ignore:--forward sketched with")
+def test_a_run_goes_on_with_the_same_bits_and_is_timed(settings, tmp_path, options):
+    options = {**settings, **options, "devices": "phone:poor=1"}
+    simulate(SimulateConfig(**options))
+    parts = {**options, "out": str(tmp_path / "parts")}
+    simulate(SimulateConfig(**{**parts, "rounds": 1}))
+    simulate(SimulateConfig(**parts, resume=True))
+    assert_same_bits(*(checkpoint.load_state(Path(out)) for out in (options["out"], parts["out"])))
+    before, _, after = checkpoint.read_records(Path(options["out"]))
+    assert after["eval_loss"] < before["eval_loss"], "it learns"
+    assert (after["eval_loss_sketched"] is None) == (
+        "redraw" not in options or "forward" in options
+    )
+    assert all(client["sim_compute_seconds"] > 0 for client in after["clients"])

@@ -9,7 +9,8 @@ from fslora.client import LocalTrainer
 from fslora.data.causal_lm import CausalLM
 from fslora.data.tasks import Examples
 from fslora.models import take_state
-from fslora.protocol import LocalRule, LoRAWeights
+from fslora.protocol import ClientUpdate, LocalRule, LoRAWeights
+from fslora.ranks import step_rows
 from fslora.strategies.fslora import fslora
 
 CLIENTS = ["one", "two", "three", "four"]
@@ -48,6 +49,22 @@ def world(folder, ratios, local=None, factory=fslora, *, head=False, **options):
     state = strategy.init(*take_state(model), 11)
     client = LocalTrainer(model, CausalLM(max_length=12), {c: examples(c) for c in CLIENTS})
     return model, strategy, state, client
+
+
+def linear_update(task, lr):
+    """The answer of a client whose loss is the sum of its BA, where B is all ones and A moves.
+
+    A rank's gradient is its scale, in each step that trains it; SGD goes a step of lr / H.
+    """
+    delta = {}
+    steps = step_rows(task) if task.local.redrawn_ranks else []
+    for name, (a, b) in task.adapters.items():
+        moves = torch.as_tensor(task.rank_scales.get(name, task.scale)).expand(len(a)).clone()
+        if steps:
+            rows = torch.cat([drawn[name] for drawn in steps])
+            moves *= rows.bincount(minlength=len(a)) / task.local.steps
+        delta[name] = LoRAWeights((-lr * moves[:, None]).to(a.dtype).expand_as(a), b * 0)
+    return ClientUpdate(task.round, task.client_id, task.nonce, delta, {}, 1, {"loss": 0.0})
 
 
 def tensors_of(state):

@@ -361,3 +361,27 @@ def test_leaves_may_have_a_scale_of_their_own():
         fslora_kernels.bind(model, leaves, scale=relative)
         want = layer.base_layer(x) + factor * layer.scaling["default"] * (x @ a.T) @ b
         torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_each_rank_of_the_leaves_may_have_a_scale_of_its_own():
+    model = tiny(nn.Linear(6, 4)).double()
+    name = next(iter(fslora_kernels.fuse(model).fused))
+    layer, x = model.get_submodule(name), torch.randn(5, 6).double()
+    a, b = leaves = fslora_kernels.extract(model, {name: torch.tensor([1, 6])})[name]
+    scales = torch.tensor([0.5, 3.0]).double()
+    fslora_kernels.bind(model, {name: leaves}, scale={name: scales})
+    want = layer.base_layer(x) + layer.scaling["default"] * (x @ a.T * scales) @ b
+    got = model(x)
+    torch.testing.assert_close(got, want)
+    gradients = (torch.autograd.grad(y.square().sum(), (a, b)) for y in (got, want))
+    for ours, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("scales", [None, torch.ones(3), torch.ones(2, requires_grad=True)])
+def test_scales_that_do_not_fit_the_ranks_are_refused(scales):
+    model = tiny(nn.Linear(6, 4))
+    name = next(iter(fslora_kernels.fuse(model).fused))
+    leaves = fslora_kernels.extract(model, {name: torch.tensor([1, 6])})
+    with pytest.raises(ValueError, match="has 2 ranks and the scales"):
+        fslora_kernels.bind(model, leaves, scale={} if scales is None else {name: scales})

@@ -1,0 +1,143 @@
+"""The comparison of all strategies that docs/results.md reports, as benchmarks/protocol.toml says.
+
+The protocol was committed before the first run. Every run is an ordinary simulation, searched and
+summed up by ``fslora compare``, one comparison for each setting; what a finished run recorded is
+kept in benchmarks/results/protocol, so that another machine, or a later day, repeats nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.claims import claims_table
+from benchmarks.protocol_cache import collect, restore
+from benchmarks.workload import shared_data
+from fslora.compare.command import COMPARE_FILE, compare, join
+from fslora.compare.settings import CompareConfig
+from fslora.config import SimulateConfig
+from fslora.report.comparison import write_comparison
+from fslora.report.comparison_tables import markdown, paper_table, target_tables
+from fslora.report.records import read_object
+from fslora.settings import merged
+
+HERE = Path(__file__).resolve().parent
+PROTOCOL = HERE / "protocol.toml"
+RESULTS = HERE / "results/protocol"
+DOCUMENT = HERE.parent / "docs/results.md"
+MARK = "<!-- What follows is written by `python -m benchmarks protocol`. -->"
+_PATHS = ("model", "data", "eval_data")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One data set of the table, dealt to clients in one way.
+
+    Attributes:
+        slug: names its folder and its file of results.
+        config: the comparison.
+    """
+
+    slug: str
+    config: CompareConfig
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing of the table, and write it; return 0."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks protocol", description=__doc__)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
+    parser.add_argument("--only", default="", help="settings by their slugs, comma-separated")
+    parser.add_argument("--out", type=Path, default=Path("runs/protocol"), help="the run folders")
+    parser.add_argument(
+        "--collect", action="store_true", help="run nothing: keep what finished, write the table"
+    )
+    chosen = parser.parse_args(arguments)
+    console = Console()
+    settings = read_protocol(PROTOCOL, chosen.out, chosen.jobs)
+    wanted = chosen.only.split(",") if chosen.only else list(settings)
+    if unknown := [slug for slug in wanted if slug not in settings]:
+        parser.error(f"there is no setting {unknown[0]!r}; there is {', '.join(settings)}")
+    for slug in wanted:
+        setting = settings[slug]
+        store = RESULTS / f"{slug}.jsonl"
+        folder = Path(setting.config.run.out)
+        console.print(f"{slug}: {restore(store, folder, shared_data())} runs were finished before")
+        try:
+            if not chosen.collect:
+                compare(setting.config, console)
+        finally:
+            count = collect(folder, store, shared_data())
+            console.print(f"{slug}: {count} finished runs are kept in {store}")
+    write_results(settings, chosen.out, console)
+    return 0
+
+
+def read_protocol(path: Path, out: Path, jobs: int) -> dict[str, Setting]:
+    """Read the settings of the table.
+
+    Args:
+        path: a TOML file with the tables ``run`` and ``compare``, shared by all settings, and one
+            ``[[setting]]`` for each with a ``slug``, its own ``run`` and ``compare``, and the
+            strategies that only it has as ``also``. Models and data are named below the folder
+            of shared data.
+        out: the folder of run folders.
+        jobs: runs at a time.
+
+    Returns:
+        Slug to setting, in the file's order.
+
+    Raises:
+        ValueError: an unknown setting or a value of the wrong type.
+    """
+    protocol = tomllib.loads(path.read_text(encoding="utf-8"))
+    settings = {}
+    for table in protocol["setting"]:
+        slug = table["slug"]
+        run = {**protocol["run"], **table["run"], "out": str(out / slug)}
+        run |= {key: str(shared_data() / run[key]) for key in _PATHS if run.get(key)}
+        own = {**protocol["compare"], **table["compare"], "jobs": jobs}
+        own["strategies"] = [*own["strategies"], *table.get("also", [])]
+        config = CompareConfig(
+            SimulateConfig(**merged(None, run, str(path))),
+            **{key: _text(value) for key, value in own.items()},
+        )
+        settings[slug] = Setting(slug, config)
+    return settings
+
+
+def write_results(settings: Mapping[str, Setting], out: Path, console: Console) -> None:
+    """Write the table of the settings that are finished, and say which are not."""
+    finished = [slug for slug in settings if (out / slug / COMPARE_FILE).is_file()]
+    for slug in settings:
+        if slug not in finished:
+            console.print(f"{slug}: not finished")
+    if not finished:
+        return
+    join([out / slug for slug in finished], out)
+    report = write_comparison(out)
+    datasets = read_object(out / COMPARE_FILE)["datasets"]
+    tables = [markdown(paper_table(datasets))]
+    for data in datasets:
+        found = [*target_tables(data), claims_table(data)]
+        tables += [f"## {data['name']}\n", *map(markdown, found)]
+    missing = [slug for slug in settings if slug not in finished]
+    if missing:
+        tables.insert(0, f"Not finished yet: {', '.join(missing)}.\n")
+    before = DOCUMENT.read_text(encoding="utf-8").partition(MARK)[0]
+    DOCUMENT.write_text(f"{before}{MARK}\n\n" + "\n".join(tables), encoding="utf-8")
+    console.print(f"tables: {DOCUMENT}\nreport: {report}")
+
+
+def _text(value: Any) -> Any:  # noqa: ANN401
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

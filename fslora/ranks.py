@@ -1,0 +1,197 @@
+"""Which of its ranks a client trains in each local step, and the optimizer that steps them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fslora.lowrank import stack
+from fslora.protocol import Adapters, ClientTask, LocalRule, LoRAWeights
+from fslora.sketch import draw_steps
+from fslora_kernels import sketched_adamw
+
+Rows = dict[str, Tensor]
+"""Module name to the places of some ranks among those that a client has, int64 ``[S]``."""
+
+
+class SameRanks:
+    """All ranks that a client has, trained in every step.
+
+    Attributes:
+        parameters: what the step trains, heads included.
+    """
+
+    def __init__(
+        self, task: ClientTask, leaves: Adapters, frozen: Adapters, head: Sequence[nn.Parameter]
+    ) -> None:
+        """Take a client's own ranks, the frozen ones of its task, and its heads."""
+        own = [t for pair in leaves.values() for t in pair if t.requires_grad]
+        self.parameters: list[Tensor] = [*own, *head]
+        self._used = leaves, frozen
+        self._optimizer = _optimizer(self.parameters, task.local)
+
+    def begin(self, _step: int) -> tuple[Adapters, Adapters]:
+        """Forget the gradients; return the ranks that train, and those frozen beside them."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        return self._used
+
+    def end(self) -> None:
+        """Step by the gradients."""
+        self._optimizer.step()
+
+
+class RedrawnRanks:
+    """The union of a client's sketches, of which each step trains its own.
+
+    What a step leaves out keeps its bits and its moments: each rank is stepped as torch steps a
+    parameter that has a gradient in some steps only. The optimizer remembers the whole union.
+
+    Attributes:
+        parameters: what the step trains, heads included.
+    """
+
+    def __init__(
+        self, task: ClientTask, leaves: Adapters, frozen: Adapters, head: Sequence[nn.Parameter]
+    ) -> None:
+        """Take a client's own ranks, which are trained in place, the frozen ones, its heads."""
+        self._rule, self._frozen = task.local, frozen
+        self._union = {n: LoRAWeights(*(t.detach() for t in p)) for n, p in leaves.items()}
+        device = next(iter(self._union.values())).lora_a.device
+        self._rows = [
+            {name: rows.to(device) for name, rows in drawn.items()} for drawn in step_rows(task)
+        ]
+        self._memory = {
+            name: tuple(_Memory(tensor, task.local) for tensor in pair)
+            for name, pair in self._union.items()
+        }
+        self._head = list(head)
+        self._head_optimizer = _optimizer(self._head, task.local) if head else None
+        self._step = 0
+        self._drawn: Adapters = {}
+        self.parameters: list[Tensor] = []
+
+    def begin(self, step: int) -> tuple[Adapters, Adapters]:
+        """Take the step's ranks out; return them, and those that are frozen beside them."""
+        self._step = step
+        self._drawn, beside = split(self._union, self._frozen, self._rows[step])
+        drawn = [tensor.requires_grad_() for pair in self._drawn.values() for tensor in pair]
+        self.parameters = [*drawn, *self._head]
+        for parameter in self._head:
+            parameter.grad = None
+        return self._drawn, beside
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Step the rows that the step's ranks were taken from, by their gradients."""
+        for name, rows in self._rows[self._step].items():
+            pairs = zip(self._union[name], self._drawn[name], self._memory[name], strict=True)
+            for factor, drawn, memory in pairs:
+                if drawn.grad is not None:
+                    memory.update(factor, drawn.grad, rows, self._rule)
+        if self._head_optimizer is not None:
+            self._head_optimizer.step()
+
+
+class _Memory:
+    """What an optimizer remembers of each rank of one factor ``[U, F]``."""
+
+    def __init__(self, factor: Tensor, rule: LocalRule) -> None:
+        """Begin with nothing."""
+        slots = 2 if rule.optimizer == "adamw" else int(rule.momentum > 0)
+        self._moments = [torch.zeros_like(factor) for _ in range(slots)]
+        self._steps = torch.zeros(len(factor), device=factor.device)
+
+    def update(self, factor: Tensor, gradient: Tensor, rows: Tensor, rule: LocalRule) -> None:
+        """Step some rows of the factor, in place, by the gradient of those alone."""
+        if rule.optimizer == "adamw":
+            first, second = self._moments
+            sketched_adamw(
+                factor,
+                gradient,
+                first,
+                second,
+                self._steps,
+                rows,
+                lr=rule.lr,
+                weight_decay=rule.weight_decay,
+            )
+            return
+        if rule.weight_decay:
+            gradient = gradient.add(factor[rows], alpha=rule.weight_decay)
+        for moment in self._moments:
+            gradient = gradient.add(moment[rows], alpha=rule.momentum)
+            moment[rows] = gradient
+        factor.index_add_(0, rows, gradient, alpha=-rule.lr)
+
+
+def step_rows(task: ClientTask) -> list[Rows]:
+    """Draw the sketches of a task's steps; return where their ranks are in their union."""
+    rule, modules = task.local, list(task.adapters)
+    rank = task.sketches[modules[0]].rank
+    drawn = draw_steps(task.key, modules, rank, rule.redrawn_ranks, rule.steps)
+    places = [
+        torch.unique(drawn[:, number], return_inverse=True)[1] for number in range(len(modules))
+    ]
+    return [
+        {module: place[step] for module, place in zip(modules, places, strict=True)}
+        for step in range(rule.steps)
+    ]
+
+
+def split(
+    union: Adapters, frozen: Adapters, rows: Mapping[str, Tensor]
+) -> tuple[Adapters, Adapters]:
+    """Copy out what one step trains, and what is in its forward pass beside that.
+
+    Args:
+        union: the client's own ranks.
+        frozen: those of the others that its forward pass uses too. A module that is not among them
+            computes with the step's ranks alone.
+        rows: what the step trains.
+
+    Returns:
+        The step's ranks, and the frozen ones with the rest of the union.
+    """
+    drawn = {name: LoRAWeights(*(t[rows[name]] for t in pair)) for name, pair in union.items()}
+    beside = dict(frozen)
+    for name in (name for name in frozen if name in union):
+        left = torch.ones(union[name].rank, dtype=torch.bool, device=rows[name].device)
+        left[rows[name]] = False
+        rest = LoRAWeights(*(factor[left] for factor in union[name]))
+        beside[name] = stack([rest, frozen[name]])
+    return drawn, beside
+
+
+def one_step(task: ClientTask) -> ClientTask:
+    """Return the task that a client's first step is by itself, with one batch."""
+    rule = replace(task.local, steps=1, accumulation=1, redrawn_ranks=0)
+    if not task.local.redrawn_ranks:
+        return replace(task, local=rule)
+    rows = step_rows(task)[0]
+    adapters, frozen = split(task.adapters, task.frozen, rows)
+    sketches = {
+        name: replace(
+            sketch,
+            index=None if sketch.index is None else sketch.index[rows[name]],
+            probability=None if sketch.probability is None else sketch.probability[rows[name]],
+        )
+        for name, sketch in task.sketches.items()
+    }
+    return replace(task, local=rule, adapters=adapters, frozen=frozen, sketches=sketches)
+
+
+def _optimizer(parameters: Sequence[Tensor], rule: LocalRule) -> torch.optim.Optimizer:
+    # fused: one call for all the small matrices instead of a dozen for each.
+    if rule.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=rule.lr, weight_decay=rule.weight_decay, fused=True)
+    return torch.optim.SGD(
+        parameters,
+        lr=rule.lr,
+        momentum=rule.momentum,
+        weight_decay=rule.weight_decay,
+        fused=True,
+    )

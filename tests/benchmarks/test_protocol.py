@@ -1,0 +1,132 @@
+"""The results table: its protocol is valid, finished runs are kept whole, claims judged right."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import protocol
+from benchmarks.claims import claims_table, verdict
+from benchmarks.protocol_cache import collect, read, restore
+from fslora.compare.command import compare
+from fslora.compare.settings import CompareConfig
+from fslora.config import SimulateConfig
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def track(tmp_path):
+    """A comparison of a few seconds with a search, on data that lies in a folder."""
+    threads = torch.get_num_threads()
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [json.dumps({"text": f"the {word} is here, " * 12}) for word in "abcdefghij"]
+    (data / "texts.jsonl").write_text("\n".join(rows))
+    run = SimulateConfig(
+        model="docs-base",
+        data=str(data / "texts.jsonl"),
+        layers=1,
+        rank=4,
+        clients=2,
+        per_round=2,
+        rounds=2,
+        local_steps=1,
+        batch_size=2,
+        max_length=16,
+        eval_examples=2,
+        out=str(tmp_path / "out" / "toy"),
+        targets="loss:1",
+    )
+    yield CompareConfig(run, strategies="fslora,hetlora", seeds="0", search="lr=1e-3,1e-2")
+    torch.set_num_threads(threads)
+
+
+def test_kept_runs_come_back_finished_and_say_the_same(track, tmp_path):
+    folder, store, data = Path(track.run.out), tmp_path / "toy.jsonl", tmp_path / "data"
+    found = compare(track, QUIET)
+    (folder / "runs/fslora/seed-0/summary.json").unlink()  # as if it had not come to its end
+    assert collect(folder, store, data) == 5
+    compare(track, QUIET)
+    assert collect(folder, store, data) == 6
+    assert str(tmp_path) not in store.read_text()
+    assert all(
+        "clients" not in record for line in read(store).values() for record in line["rounds"]
+    )
+    folder.rename(tmp_path / "before")
+    moved = tmp_path / "elsewhere"
+    data.rename(moved)
+    data.symlink_to(moved)  # the settings name the same place again
+    assert restore(store, folder, data) == 6
+    assert not list(folder.rglob("state.safetensors")), "nothing is trained again"
+    again = compare(track, QUIET)
+    assert not list(folder.rglob("state.safetensors"))
+    assert again == found
+
+
+def test_the_protocol_is_valid_and_keeps_its_limits(tmp_path):
+    settings = protocol.read_protocol(protocol.PROTOCOL, tmp_path, 1)
+    names = {"sst2", "cola", "mrpc"}
+    assert {slug.rpartition("-")[0] for slug in settings} >= names
+    assert {"shakespeare", "dolly"} <= settings.keys()
+    for setting in settings.values():
+        run = setting.config.run
+        assert run.rounds * run.per_round * run.local_steps <= 1000
+        assert len(setting.config.seed_values) == 3
+        assert run.targets
+        assert run.fleet is not None
+    searches = {setting.config.search for setting in settings.values()}
+    assert len(searches) == 1, "every strategy and setting has the same search"
+
+
+@pytest.mark.parametrize(
+    ("saved", "faster", "said"),
+    [
+        (0.6, 3.5, "more than it"),
+        (0.6, 2.0, "yes"),
+        (0.32, 1.8, "yes"),
+        (0.4, 1.0, "bytes only"),
+        (0.1, 4.0, "time only"),
+        (-1.0, 0.5, "no"),
+    ],
+)
+def test_verdicts_on_the_claim(saved, faster, said):
+    assert verdict(saved, faster) == said
+
+
+def history(folder, values, step_bytes, step_seconds):
+    """A run that evaluates each round; what it paid grows evenly."""
+    folder.mkdir(parents=True)
+    lines = []
+    for number, value in enumerate(values):
+        paid = step_bytes if number else 0
+        record = {"round": number, "eval_metric": value, "sim_seconds_total": number * step_seconds}
+        record |= {
+            f"{part}bytes_{way}": paid
+            for part in ("", "adapter_", "head_")
+            for way in ("up", "down")
+        }
+        lines.append(json.dumps(record))
+    (folder / "rounds.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+def test_claims_hold_both_to_the_rivals_own_score(tmp_path):
+    made = {
+        "fslora": history(tmp_path / "a", [0.5, 0.7, 0.8], 10, 1),
+        "fslora:server_lr=2": history(tmp_path / "b", [0.5, 0.6, 0.6], 10, 1),
+        "hetlora": history(tmp_path / "c", [0.5, 0.6, 0.7], 20, 4),
+        "fedit": history(tmp_path / "d", [0.5, 0.6, 0.9], 1, 1),
+    }
+    strategies = [
+        {"label": label, "runs": [{"seed": 0, "folder": folder, "failed": None}]}
+        for label, folder in made.items()
+    ]
+    table = claims_table({"name": "toy", "figure": "metric", "strategies": strategies})
+    assert table.rows == [
+        # One round of ten each way against two of twenty, one second against eight.
+        ["hetlora", "fslora", "1 of 1", "75% ", "8.00 ", "more than it"],
+        ["hetlora", "fslora:server_lr=2", "0 of 1", "–", "–", "no: not reached"],
+    ]
