@@ -12,6 +12,10 @@ BENCHMARKS = {
     "model": ("benchmarks.model", "a training step of a whole small model: PEFT and ours"),
     "memory": ("benchmarks.memory", "saved and peak bytes of a decoder layer, also with dropout"),
     "round": ("benchmarks.round", "a simulated round against a plain PEFT loop, in CPU time"),
+    "scale": (
+        "benchmarks.scale",
+        "ten thousand clients: what a round costs beside its local steps",
+    ),
     "cost": ("benchmarks.cost", "what a sketch ratio saves a client, and what not: counted"),
     "protocol": ("benchmarks.protocol", "all strategies on real data, as docs/results.md has it"),
     "depth": ("benchmarks.depth", "what training the upper layers alone spares a client"),

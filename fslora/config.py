@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 from fslora.devices import Fleet, read_fleet
+from fslora.faults import Faults, read_faults
 from fslora.options import Averaging, Forward, Redraw, Sampler, check_options
 
 LISTS = ("ratios", "target_modules", "text_column", "prompt_columns", "targets")
@@ -126,6 +127,8 @@ class SimulateConfig:
         device_order: by-ratio (slower devices to the clients of smaller ratios) or random.
         deadline: simulated seconds after which a round takes no more answers; 0 waits for all.
         over_select: choose so many times per_round clients, and take the first per_round answers.
+        faults: what goes wrong with clients on purpose, and with what probability in a round, such
+            as crash=0.05,nan=0.02,oom=0.1 (out of memory),slow=0.1 (needs --devices).
         targets: what to report the cost of reaching: comma-separated scores such as 0.6,0.7, and
             losses as loss:2.5.
         out: run folder.
@@ -202,6 +205,7 @@ class SimulateConfig:
     device_order: Literal["by-ratio", "random"] = "by-ratio"
     deadline: float = 0.0
     over_select: float = 1.0
+    faults: str = ""
     targets: str = ""
     out: str = "runs/last"
     resume: bool = False
@@ -249,6 +253,8 @@ class SimulateConfig:
                 f"--over-select {self.over_select:g} of {self.per_round} asks {self.cohort_size} "
                 f"clients a round, and there are {self.clients}; lower it or raise --clients"
             )
+        if self.fault_values.slow and not self.devices:
+            raise ValueError("--faults slow needs a clock: give --devices")
         _ = self.fleet, self.target_values  # refuse what cannot be read before anything is loaded
         listed = ",".join(map(str, self.ratio_values))
         if self.ratios not in (listed, _RATIOS) and self.fleet and any(self.fleet.ratios):
@@ -272,6 +278,11 @@ class SimulateConfig:
     def fleet(self) -> Fleet | None:
         """The devices, None where there is no clock."""
         return read_fleet(self.devices) if self.devices else None
+
+    @property
+    def fault_values(self) -> Faults:
+        """The faults as probabilities."""
+        return read_faults(self.faults)
 
     @property
     def strategy_options(self) -> dict[str, Any]:

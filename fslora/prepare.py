@@ -18,6 +18,7 @@ from fslora.data.causal_lm import CausalLM
 from fslora.data.classification import Classification
 from fslora.data.federated import FederatedData, load_federated, validation_split
 from fslora.data.instruction import Instruction
+from fslora.data.lazy import NamedExamples
 from fslora.data.rows import read_rows
 from fslora.data.tasks import Examples, Task, pad_id, pooled
 from fslora.devices import Device, Fleet
@@ -172,12 +173,11 @@ def make_strategy(config: SimulateConfig, ratio_of: Mapping[str, float]) -> Stra
     )
 
 
-def examples_of(run: Run) -> dict[str, Examples]:
-    """Client id to its examples; those of all under ``POOLED`` where a strategy asks for it."""
-    examples = dict(zip(run.data.names, run.data.clients, strict=True))
+def examples_of(run: Run) -> Mapping[str, Examples]:
+    """Client id to its examples; for centralised training those of all, under ``POOLED``."""
     if run.config.strategy == "centralised":
-        examples[POOLED] = pooled(run.data.clients)
-    return examples
+        return {POOLED: pooled(list(run.data.clients))}
+    return NamedExamples(run.data.names, run.data.clients)
 
 
 def make_clock(run: Run, trainer: LocalTrainer) -> Clock | None:
@@ -196,4 +196,5 @@ def make_clock(run: Run, trainer: LocalTrainer) -> Clock | None:
         step_flops=step_counter(trainer, run.data.evaluation),
         per_round=config.per_round,
         deadline=config.deadline,
+        slow=config.fault_values.slow,
     )

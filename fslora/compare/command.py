@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fslora import checkpoint
+from fslora import disk
 from fslora.compare.runs import rounds_done, run_all
 from fslora.compare.search import found_for, search, trials_of
 from fslora.compare.settings import CompareConfig
@@ -63,8 +63,8 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         console.print(f"{folder} stopped: {reason}", markup=False)
     comparison = {"datasets": [tabulate(config, runs, failures, tried)]}
     out = Path(config.run.out)
-    with checkpoint.explained_io_errors(out, 0):
-        checkpoint.write_json(out / COMPARE_FILE, comparison)
+    with disk.explained_errors(out):
+        disk.write_json(out / COMPARE_FILE, comparison)
     if config.tensorboard:
         folders = [Path(run.out) for run in runs.values()]
         write_curves(Path(config.tensorboard), folders)
@@ -86,8 +86,8 @@ def join(folders: Sequence[Path], out: Path) -> None:
     names = [data["name"] for data in datasets]
     if len(set(names)) < len(names):
         raise ValueError(f"data sets {', '.join(names)}: give each a --name of its own")
-    with checkpoint.explained_io_errors(out, 0):
-        checkpoint.write_json(out / COMPARE_FILE, {"datasets": datasets})
+    with disk.explained_errors(out):
+        disk.write_json(out / COMPARE_FILE, {"datasets": datasets})
 
 
 @contextmanager

@@ -136,7 +136,8 @@ def test_a_full_disk_is_one_clear_message_and_keeps_the_last_checkpoint(settings
 def test_an_unreadable_checkpoint_is_one_clear_message(settings, capsys):
     assert main(["simulate", *flags(settings, rounds=1)]) == 0
     out = checkpoint.Path(settings["out"])
-    (out / checkpoint.STATE_FILE).write_bytes(b"torn")
+    for name in (checkpoint.STATE_FILE, checkpoint.PREVIOUS_FILE):
+        (out / name).write_bytes(b"torn")
     kept = (out / checkpoint.RECORDS_FILE).read_bytes()
     capsys.readouterr()
     assert main(["simulate", f"--out={out}", "--rounds=3", "--resume"]) == 2
