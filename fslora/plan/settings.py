@@ -48,6 +48,12 @@ class PlanConfig:
             raise ValueError(
                 f"--strategy {self.run.strategy}: the bound that plans are made by is FSLoRA's"
             )
+        for name, planned in (("redraw", "round"), ("depth", "all")):
+            if getattr(self.run, name) != planned:
+                raise ValueError(
+                    f"--{name} {getattr(self.run, name)}: a plan counts rounds with --{name} "
+                    f"{planned} only; leave it out"
+                )
         for name, low in (("traffic_mb", 0), ("pilot_rounds", 0), ("pilot_seeds", 1)):
             if not getattr(self, name) >= low:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {low}")
