@@ -135,7 +135,7 @@ def _compare(arguments: Sequence[str]) -> None:
     config = tyro.cli(
         tyro.conf.OmitArgPrefixes[CompareConfig],
         args=[*([] if chosen.config else [f"--out={DEFAULT_OUT}"]), *flags],
-        default=read_comparison(default, chosen.config) or tyro.MISSING,
+        default=read_comparison(default, chosen.config) or tyro.MISSING_NONPROP,
         prog="fslora compare",
         description=f"{cleandoc(CompareConfig.__doc__ or '').split('Attributes:')[0].strip()}\n\n"
         f"--preset {{{','.join(sorted(PRESETS))}}} takes ready-made settings, --config FILE.toml "

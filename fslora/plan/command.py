@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fslora import checkpoint
+from fslora import disk
 from fslora.plan.bound import Fit, fit
 from fslora.plan.cohorts import draw_cohorts
 from fslora.plan.costs import Costs, count_costs
@@ -91,5 +91,5 @@ def write(plan: Plan, folder: Path) -> None:
     """Write a plan's files into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.toml").write_text(settings_text(plan), encoding="utf-8")
-    checkpoint.write_json(folder / "plan.json", figures_of(plan))
+    disk.write_json(folder / "plan.json", figures_of(plan))
     (folder / "plan.png").write_bytes(draw_plan(plan))

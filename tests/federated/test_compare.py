@@ -370,3 +370,12 @@ def test_help_teaches_and_imports_nothing_heavy():
         assert flag in text
     assert "--join" in text
     assert "--local-steps" in text, "the settings of simulate"
+
+
+def test_flags_alone_are_enough(track, capsys):
+    run = track.run
+    names = ("model", "data", "clients", "per_round", "rounds", "local_steps", "rank", "max_length")
+    flags = [f"--{name.replace('_', '-')}={getattr(run, name)}" for name in names]
+    flags += ["--strategies=zero-shot", "--seeds=0", f"--out={run.out}", "--partition=iid"]
+    assert main(["compare", *flags]) == 0
+    assert "report:" in capsys.readouterr().out
