@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -64,6 +65,7 @@ def save_state(folder: Path, state: ServerState) -> None:
         tensors |= {f"client/{name}/{client_id}": tensor for name, tensor in memory.items()}
     tensors |= {f"extra/{name}": tensor for name, tensor in state.extras.items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in state.optimizer.items()}
+    tensors |= {f"rejections/{c}": torch.tensor(n) for c, n in state.rejections.items()}
     header = {"format": _FORMAT, "round": str(state.round), "key": str(state.key)}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_atomically(folder / STATE_FILE, save(contiguous, metadata=header))
@@ -100,6 +102,7 @@ def load_state(folder: Path) -> ServerState:
         optimizer=_under(tensors, "optimizer/"),
         base_residual=_adapters(_under(tensors, "residual/")),
         client_state=_by_client(_under(tensors, "client/")),
+        rejections={c: int(n) for c, n in sorted(_under(tensors, "rejections/").items())},
     )
 
 

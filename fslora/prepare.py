@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 
 from fslora import evaluation
+from fslora.attacks import draw_attackers, hostile, poisoned
 from fslora.client import LocalTrainer
 from fslora.clock import Clock, check_memory, deal_devices, step_counter
 from fslora.config import SimulateConfig
@@ -21,8 +22,11 @@ from fslora.data.instruction import Instruction
 from fslora.data.rows import read_rows
 from fslora.data.tasks import Examples, Task, pad_id, pooled
 from fslora.models import load_model, load_tokenizer
-from fslora.protocol import POOLED, LocalRule, Strategy
+from fslora.privacy import private
+from fslora.protocol import POOLED, ClientFn, LocalRule, Strategy
+from fslora.robust import defended
 from fslora.strategies import STRATEGIES
+from fslora.trust import Limits
 from fslora_kernels.sampling import sketch_size
 from fslora_kernels.seeds import fold_in
 
@@ -124,7 +128,7 @@ def prepare(config: SimulateConfig) -> Run:
         check_memory(config.fleet, model)
     ratio_of = deal_ratios(config, len(data.names))
     named = {data.names[client]: ratio for client, ratio in ratio_of.items()}
-    strategy = make_strategy(config, named)
+    strategy = trusting(config, make_strategy(config, named), len(data.names))
     return Run(config, Path(config.out), model, data, task, strategy, ratio_of)
 
 
@@ -156,11 +160,36 @@ def make_strategy(config: SimulateConfig, ratio_of: Mapping[str, float]) -> Stra
     )
 
 
+def trusting(config: SimulateConfig, strategy: Strategy, clients: int) -> Strategy:
+    """Put a config's robust rule or privacy into a strategy's aggregation."""
+    privacy = config.privacy(clients)
+    if privacy is not None:
+        return private(strategy, privacy, config.server_opt, config.server_lr)
+    return defended(strategy, config.rule)
+
+
+def attackers_of(run: Run) -> frozenset[str]:
+    """The ids of the hostile clients."""
+    return draw_attackers(run.config.threat, run.data.names, run.config.seed)
+
+
+def limits_of(run: Run) -> Limits:
+    """What the server puts up with; it knows how many examples everybody has."""
+    sizes = {name: len(own) for name, own in examples_of(run).items()}
+    return Limits(run.config.max_norm, run.config.quarantine, sizes)
+
+
+def make_client(run: Run, trainer: LocalTrainer) -> ClientFn:
+    """The clients of a run, hostile ones among them."""
+    return hostile(run.config.threat, trainer, attackers_of(run))
+
+
 def examples_of(run: Run) -> dict[str, Examples]:
     """Client id to its examples; those of all under ``POOLED`` where a strategy asks for it."""
-    examples = dict(zip(run.data.names, run.data.clients, strict=True))
+    own = dict(zip(run.data.names, run.data.clients, strict=True))
+    examples = poisoned(run.config.threat, own, attackers_of(run), len(run.data.labels))
     if run.config.strategy == "centralised":
-        examples[POOLED] = pooled(run.data.clients)
+        examples[POOLED] = pooled(list(examples.values()))
     return examples
 
 

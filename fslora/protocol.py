@@ -189,6 +189,7 @@ class ClientUpdate:
         extras: trained minus received heads.
         num_examples: distinct examples that the client has.
         metrics: "loss", the mean training loss; more where a client reports more.
+        refused: why what came in could not be read as an update, None for one that was.
     """
 
     round: int
@@ -198,6 +199,7 @@ class ClientUpdate:
     extras: Extras
     num_examples: int
     metrics: dict[str, float]
+    refused: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +216,7 @@ class ServerState:
             W₀ plus the adapter's own scaling α/R times its product.
         client_state: client id to what the server remembers of it, by name; only of clients that
             have taken part, and only where a strategy needs it.
+        rejections: client id to how many of its updates were no use, of those with any.
     """
 
     round: int
@@ -223,6 +226,7 @@ class ServerState:
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     base_residual: Adapters = field(default_factory=dict)
     client_state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    rejections: dict[str, int] = field(default_factory=dict)
 
 
 class Strategy(NamedTuple):

@@ -39,7 +39,7 @@ TRACK = (
         "deadline",
         "over_select",
     ),
-    *("targets", "out", "resume"),
+    *("targets", "out", "resume", "attack", "attackers", "attack_strength"),
 )
 
 
