@@ -15,6 +15,7 @@ BENCHMARKS = {
     "cost": ("benchmarks.cost", "what a sketch ratio saves a client, and what not: counted"),
     "protocol": ("benchmarks.protocol", "all strategies on real data, as docs/results.md has it"),
     "depth": ("benchmarks.depth", "what training the upper layers alone spares a client"),
+    "attacks": ("benchmarks.attacks", "hostile clients against robust rules, on SST-2"),
     "prototypes": ("benchmarks.prototypes", "two kernels that wait for a GPU, compiled only"),
     "compiled": ("benchmarks.compiled", "registers and shared memory of every kernel, no GPU"),
     "gpu": ("benchmarks.gpu", "every GPU check in one script; a dry run without a GPU"),

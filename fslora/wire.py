@@ -7,8 +7,8 @@ is taken from the message. What a decoded update must satisfy beyond its form is
 Who has sent a message is the transport's to know (TLS, keys of nodes): a nonce shows that an answer
 belongs to a task, not who wrote it.
 
-Sketches do not travel, neither indices nor seed: they stay with the server. A client that draws anew
-in every step draws from its task's key.
+Sketches do not travel, neither indices nor seed: they stay with the server. A client that draws
+anew in every step draws from its task's key.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from fslora.protocol import (
     ClientFn,
     ClientTask,
     ClientUpdate,
-    Extras,
     LocalRule,
     LoRAWeights,
     Sketch,
@@ -75,7 +74,9 @@ def decode_task(data: bytes, run: str, most_bytes: int = TENSORS_BYTES) -> Clien
     Raises:
         WireError: it is no task of this run, or larger than ``most_bytes``.
     """
-    header, tensors = unpack(data, (*_COMMON, "key", "scale", "local", "modules", "rank"), most_bytes)
+    header, tensors = unpack(
+        data, (*_COMMON, "key", "scale", "local", "modules", "rank"), most_bytes
+    )
     _expect(header, schema=TASK, run=run)
     if type(header["client"]) is not str or not _finite(header["scale"]):
         raise WireError("its client or its scale is of the wrong type")
@@ -233,9 +234,7 @@ def _pairs(tensors: Mapping[str, Tensor]) -> Adapters:
     return pairs
 
 
-def _redrawn(
-    key: int, adapters: Adapters, rank: int, local: LocalRule
-) -> dict[str, Sketch]:
+def _redrawn(key: int, adapters: Adapters, rank: int, local: LocalRule) -> dict[str, Sketch]:
     """Draw the sketches that a client draws itself; those that it does not are the server's."""
     if not local.redrawn_ranks:
         return {}
