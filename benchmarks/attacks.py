@@ -152,11 +152,10 @@ def warm(config: SimulateConfig, public: Path, loss: float) -> ServerState:
         lr=5e-3,
     )
     run = prepare(alone)
-    state = run.strategy.init(*take_state(run.model), config.seed)
+    first = run.strategy.init(*take_state(run.model), config.seed)
     trainer = LocalTrainer(run.model, run.task, examples_of(run))
-    for state, record in rounds(  # noqa: B020
-        state, run.strategy, sequential, trainer, run.data.names, per_round=1, until=30
-    ):
+    steps = rounds(first, run.strategy, sequential, trainer, run.data.names, per_round=1, until=30)
+    for state, record in steps:  # noqa: B007
         if record.train_loss is not None and record.train_loss < loss:
             break
     return ServerState(0, state.adapters, state.extras, config.seed)
