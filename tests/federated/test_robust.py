@@ -75,6 +75,23 @@ def test_where_all_agree_every_rule_is_the_mean():
             torch.testing.assert_close(tensors_of(got)[name], tensor, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("rule", ["clip", "median", "trimmed"])
+def test_clients_of_different_depth_count_where_they_train(rule):
+    options = {"forward": "full", "averaging": "inverse", "depth": "uniform"}
+    strategy, state, tasks, updates = answers(ratios=(1.0,) * 4, **options)
+    depths = {len(update.delta) for update in updates}
+    assert depths == {1, 2}
+    after = apply(Rule(rule, clip=1e9, min_coverage=1), tasks, updates)
+    assert [each.delta.keys() for each in after] == [each.delta.keys() for each in updates]
+    rows = torch.stack([u.delta[NAME].lora_a for u in updates if NAME in u.delta])
+    if rule == "median":
+        middle = rows.quantile(0.5, dim=0)
+        for each in after:
+            if NAME in each.delta:
+                torch.testing.assert_close(each.delta[NAME].lora_a, middle)
+    strategy.aggregate(state, tasks, after)
+
+
 def test_no_rule_is_the_strategy_itself():
     strategy, *_ = answers()
     assert defended(strategy, Rule()) is strategy

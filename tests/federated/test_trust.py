@@ -23,9 +23,10 @@ DP = {"dp_clip": 1.0, "dp_noise": 1.0}
         ({"dp_noise": 1.0}, "--dp-clip and --dp-noise go together"),
         ({**DP, "dp_delta": 0.0}, "--dp-delta must be in"),
         ({**DP, "averaging": "count"}, "--averaging count divides by what clients trained"),
+        ({**DP, "sampler": "importance"}, "--sampler importance weighs a client's ranks"),
         (
-            {**DP, "forward": "full", "averaging": "inverse", "sampler": "importance"},
-            "--sampler importance weighs a client's ranks",
+            {**DP, "forward": "full", "averaging": "inverse", "depth": "uniform"},
+            "--averaging inverse divides",
         ),
         ({**DP, "forward": "full", "averaging": "inverse"}, "--averaging inverse"),
         ({**DP, "robust": "median"}, "--robust median releases no sum"),

@@ -48,6 +48,7 @@ def test_a_task_travels_bit_for_bit_but_for_its_sketches(dtype):
         task,
         local=replace(task.local, lr=0.1 + 0.2, penalty=1e-300),
         scale=1 / 3,
+        rank_scales={"first.query": normal(2, seed=4, dtype=torch.float64)},
         residual={"second.value": LoRAWeights(normal(0, 3, seed=1), normal(0, 7, seed=2))},
     )
     assert task.frozen
@@ -73,14 +74,26 @@ def test_an_update_travels_bit_for_bit(name, dtype):
     assert rejection(task, got) is None
 
 
-@pytest.mark.parametrize("name", ["fslora", "ffa-lora", "hetlora", "local-only"])
-def test_rounds_over_the_wire_have_the_bits_of_rounds_in_memory(tiny_llama, name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fslora", {}),
+        ("fslora", {"redraw": "step"}),
+        ("fslora", {"sampler": "importance"}),
+        ("fslora", {"forward": "full", "averaging": "inverse", "depth": "uniform"}),
+        ("ffa-lora", {}),
+        ("hetlora", {}),
+        ("local-only", {}),
+    ],
+    ids=str,
+)
+def test_rounds_over_the_wire_have_the_bits_of_rounds_in_memory(tiny_llama, name, options):
     local = LocalRule(steps=2, batch_size=3, clip_norm=0.5)
     ends = []
     for engine in (sequential, over_wire(RUN)):
         factory = STRATEGIES[name]
         _, strategy, state, client = world(
-            tiny_llama, (1 / 8, 1 / 4, 1 / 2, 1.0), local, factory, head=True
+            tiny_llama, (1 / 8, 1 / 4, 1 / 2, 1.0), local, factory, head=True, **options
         )
         for _ in range(2):
             state, record = run_round(state, strategy, engine, client, REAL_CLIENTS)
