@@ -78,6 +78,7 @@ def mean_update(
     tasks: Sequence[ClientTask],
     updates: Iterable[ClientUpdate],
     divide_by: Averaging = "participants",
+    cohort: int | None = None,
 ) -> tuple[Adapters, Extras]:
     """Scatter each compact change into its ranks, sum, and divide.
 
@@ -90,6 +91,7 @@ def mean_update(
             by the participants, after each change was divided by the probability with which its
             rank trains in a step (S/R where all are alike). Heads, which all train, are divided
             by the participants.
+        cohort: take this as the number of participants, however many there are.
 
     Returns:
         The mean change of the factors (zero in ranks that nobody trained) and of the heads.
@@ -113,11 +115,12 @@ def mean_update(
         for update in block:
             for name, change in update.extras.items():
                 heads[name].add_(change)
+    participants = cohort or max(participants, 1)
     for name, pair in total.items():
         for rows in pair:
-            rows.div_(counts[name].clamp(min=1) if counting else max(participants, 1))
+            rows.div_(counts[name].clamp(min=1) if counting else participants)
     for tensor in heads.values():
-        tensor.div_(max(participants, 1))
+        tensor.div_(participants)
     return total, heads
 
 

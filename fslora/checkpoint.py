@@ -54,6 +54,7 @@ def save_state(folder: Path, state: ServerState) -> None:
     tensors |= {f"optimizer/{name}": tensor for name, tensor in state.optimizer.items()}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     header = {"round": str(state.round), "key": str(state.key), "clients": json.dumps(ids)}
+    header |= {"rejections": json.dumps(state.rejections)}
     header |= {"format": _FORMAT, "checksum": str(_checksum(contiguous, header))}
     data = save(contiguous, metadata=header)
     disk.write_atomically(folder / STATE_FILE, data, keep=folder / PREVIOUS_FILE)
@@ -161,6 +162,7 @@ def _read(path: Path) -> ServerState:
         client_state=_by_client(clients)
         if kind == _WITHOUT_CHECKSUM
         else _unstacked(clients, json.loads(header["clients"])),
+        rejections=json.loads(header.get("rejections", "{}")),
     )
 
 

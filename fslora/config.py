@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from fslora.devices import Fleet, read_fleet
 from fslora.faults import Faults, read_faults
 from fslora.options import Averaging, Forward, Redraw, Sampler, check_options
+from fslora.trust import Attack, Limits, Privacy, Robust, Rule, Threat, check_trust
 
 LISTS = ("ratios", "target_modules", "text_column", "prompt_columns", "targets")
 _LOWEST = {
@@ -129,6 +130,21 @@ class SimulateConfig:
         over_select: choose so many times per_round clients, and take the first per_round answers.
         faults: what goes wrong with clients on purpose, and with what probability in a round, such
             as crash=0.05,nan=0.02,oom=0.1 (out of memory),slow=0.1 (needs --devices).
+        max_norm: refuse an update whose norm, over all it changes, is above this; 0 does not.
+        quarantine: ask a client no more after so many refused updates; 0 asks for ever.
+        robust: what is averaged, against hostile clients: none (the updates), clip (each clipped
+            to a norm), or after that in each rank the median or trimmed mean of its trainers.
+        robust_clip: that norm; 0 takes the median of the round's norms.
+        trim: share of a rank's contributors that trimmed cuts off at each end.
+        min_coverage: how many clients must have trained a rank for median and trimmed to move it.
+        attack: what hostile clients do: none, sign-flip, scale or noise (of --attack-strength),
+            wrong-ranks (their rows under other ranks) or label-flip (classification).
+        attackers: share of hostile clients, under --attack.
+        attack_strength: how many times as large as an honest update.
+        dp_clip: clip every client's whole update to this norm, for --dp-noise; 0 is no privacy.
+        dp_noise: differential privacy of clients: standard deviation of the noise on the sum of a
+            round's updates, in units of --dp-clip.
+        dp_delta: δ that the ε in the records is for; choose less than 1 / clients.
         targets: what to report the cost of reaching: comma-separated scores such as 0.6,0.7, and
             losses as loss:2.5.
         out: run folder.
@@ -206,6 +222,18 @@ class SimulateConfig:
     deadline: float = 0.0
     over_select: float = 1.0
     faults: str = ""
+    max_norm: float = 0.0
+    quarantine: int = 0
+    robust: Robust = "none"
+    robust_clip: float = 0.0
+    trim: float = 0.25
+    min_coverage: int = 3
+    attack: Attack = "none"
+    attackers: float = 0.2
+    attack_strength: float = 10.0
+    dp_clip: float = 0.0
+    dp_noise: float = 0.0
+    dp_delta: float = 1e-5
     targets: str = ""
     out: str = "runs/last"
     resume: bool = False
@@ -234,6 +262,7 @@ class SimulateConfig:
                 raise ValueError(f"--ratios must be in (0, 1], got {ratio:g}")
         self._check_options()
         self._check_clock()
+        self._check_trust()
 
     def _check_options(self) -> None:
         for name, paper in _FSLORA_OPTIONS.items():
@@ -261,6 +290,37 @@ class SimulateConfig:
             raise ValueError(
                 f"the devices have ratios of their own, {listed}: leave out --ratios {self.ratios}"
             )
+
+    def _check_trust(self) -> None:
+        check_trust(
+            strategy=self.strategy,
+            task=self.task,
+            averaging=self.averaging,
+            sampler=self.sampler,
+            over_select=self.over_select,
+            limits=Limits(self.max_norm, self.quarantine),
+            rule=self.rule,
+            threat=self.threat,
+            privacy=self.privacy(self.clients),
+        )
+
+    @property
+    def rule(self) -> Rule:
+        """The robust rule."""
+        return Rule(self.robust, self.robust_clip, self.trim, self.min_coverage)
+
+    @property
+    def threat(self) -> Threat:
+        """The simulated attack."""
+        return Threat(self.attack, self.attackers, self.attack_strength)
+
+    def privacy(self, clients: int) -> Privacy | None:
+        """The parameters of differential privacy among so many clients, None without."""
+        if not (self.dp_clip or self.dp_noise):
+            return None
+        if not self.dp_noise:
+            raise ValueError("--dp-clip is for --dp-noise; without noise use --robust clip")
+        return Privacy(self.dp_clip, self.dp_noise, self.cohort_size, clients, self.dp_delta)
 
     @property
     def ratio_values(self) -> tuple[float, ...]:

@@ -105,6 +105,9 @@ def closing_table(summary: dict[str, Any], console: Console) -> None:
         console.print(f"score: {change}")
     if summary["sim_seconds"] is not None:
         console.print(f"simulated time: {format_seconds(summary['sim_seconds'])}")
+    if summary["epsilon"] is not None:
+        delta = summary["delta"]
+        console.print(f"privacy: ε = {summary['epsilon']:.3g} of each client, δ = {delta:g}")
     for row in summary["targets"]:
         console.print(_target_line(row))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 
 from fslora import evaluation
+from fslora.attacks import draw_attackers, hostile, poisoned
 from fslora.client import LocalTrainer
 from fslora.clock import Clock, check_memory, deal_devices, step_counter
 from fslora.config import SimulateConfig
@@ -22,9 +23,13 @@ from fslora.data.lazy import NamedExamples
 from fslora.data.rows import read_rows
 from fslora.data.tasks import Examples, Task, pad_id, pooled
 from fslora.devices import Device, Fleet
+from fslora.guard import Guarded
 from fslora.models import load_model, load_tokenizer
-from fslora.protocol import POOLED, LocalRule, Strategy
+from fslora.privacy import private
+from fslora.protocol import POOLED, ClientFn, LocalRule, Strategy
+from fslora.robust import defended
 from fslora.strategies import STRATEGIES
+from fslora.trust import Limits
 from fslora_kernels.sampling import sketch_size
 from fslora_kernels.seeds import fold_in
 
@@ -141,7 +146,7 @@ def prepare(config: SimulateConfig) -> Run:
         check_memory(config.fleet, model)
     ratio_of = deal_ratios(config, data.names)
     named = {data.names[client]: ratio for client, ratio in ratio_of.items()}
-    strategy = make_strategy(config, named)
+    strategy = trusting(config, make_strategy(config, named), len(data.names))
     return Run(config, Path(config.out), model, data, task, strategy, ratio_of)
 
 
@@ -173,11 +178,54 @@ def make_strategy(config: SimulateConfig, ratio_of: Mapping[str, float]) -> Stra
     )
 
 
+def trusting(config: SimulateConfig, strategy: Strategy, clients: int) -> Strategy:
+    """Put a config's robust rule or privacy into a strategy's aggregation."""
+    privacy = config.privacy(clients)
+    if privacy is not None:
+        return private(strategy, privacy, config.server_opt, config.server_lr)
+    return defended(strategy, config.rule)
+
+
+def attackers_of(run: Run) -> frozenset[str]:
+    """The ids of the hostile clients."""
+    return draw_attackers(run.config.threat, run.data.names, run.config.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes(Mapping[str, int]):
+    """How many examples everybody has, looked at when it is asked for."""
+
+    examples: Mapping[str, Examples]
+
+    def __getitem__(self, client: str) -> int:
+        return len(self.examples[client])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+def limits_of(run: Run) -> Limits:
+    """What the server puts up with; it knows how many examples everybody has."""
+    sizes = _Sizes(NamedExamples(run.data.names, run.data.clients))
+    return Limits(run.config.max_norm, run.config.quarantine, sizes)
+
+
+def make_client(run: Run, trainer: LocalTrainer) -> ClientFn:
+    """The clients of a run, those that fail and those that are hostile among them."""
+    client = Guarded(trainer, run.config.seed, run.config.fault_values)
+    return hostile(run.config.threat, client, attackers_of(run))
+
+
 def examples_of(run: Run) -> Mapping[str, Examples]:
     """Client id to its examples; for centralised training those of all, under ``POOLED``."""
+    named = NamedExamples(run.data.names, run.data.clients)
+    examples = poisoned(run.config.threat, named, attackers_of(run), len(run.data.labels))
     if run.config.strategy == "centralised":
-        return {POOLED: pooled(list(run.data.clients))}
-    return NamedExamples(run.data.names, run.data.clients)
+        return {POOLED: pooled(list(examples.values()))}
+    return examples
 
 
 def make_clock(run: Run, trainer: LocalTrainer) -> Clock | None:

@@ -199,6 +199,7 @@ class ClientUpdate:
         metrics: "loss", the mean training loss; "pieces", in how many it had to compute each batch
             for want of memory; more where a client reports more.
         failure: why there is no change; then all the rest is empty.
+        refused: why what came in could not be read as an update, None for one that was.
     """
 
     round: int
@@ -209,6 +210,7 @@ class ClientUpdate:
     num_examples: int
     metrics: dict[str, float]
     failure: str | None = None
+    refused: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +227,7 @@ class ServerState:
             W₀ plus the adapter's own scaling α/R times its product.
         client_state: client id to what the server remembers of it, by name; only of clients that
             have taken part, and only where a strategy needs it.
+        rejections: client id to how many of its updates were no use, of those with any.
     """
 
     round: int
@@ -234,6 +237,7 @@ class ServerState:
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     base_residual: Adapters = field(default_factory=dict)
     client_state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    rejections: dict[str, int] = field(default_factory=dict)
 
 
 class Strategy(NamedTuple):

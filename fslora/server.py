@@ -13,7 +13,8 @@ from fslora.client import download_bytes, upload_bytes
 from fslora.clock import FAILED, Clock, Plan, Times
 from fslora.faults import SLOWDOWN
 from fslora.protocol import ClientFn, ClientTask, ClientUpdate, Engine, ServerState, Strategy
-from fslora.validate import rejection
+from fslora.trust import Limits
+from fslora.validate import NO_LIMITS, counted, quarantined, rejection
 from fslora_kernels.seeds import fold_in
 
 _ABSENT = ("it was not available", FAILED)
@@ -92,6 +93,8 @@ class RoundRecord:
         sim_seconds: of the round on the clients' devices; None without ``--devices``.
         sim_seconds_total: of all rounds so far.
         unavailable: who was chosen but did not take part; nothing was sent to them.
+        quarantined: who was not asked, for what it had sent before.
+        epsilon: ε of the differential privacy spent so far; None without ``--dp-noise``.
     """
 
     round: int
@@ -113,6 +116,8 @@ class RoundRecord:
     sim_seconds: float | None = None
     sim_seconds_total: float | None = None
     unavailable: list[str] = field(default_factory=list)
+    quarantined: list[str] = field(default_factory=list)
+    epsilon: float | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return it as plain values for one JSON object."""
@@ -147,6 +152,7 @@ def run_round(
     cohort: Sequence[str],
     on_client: Callable[[ClientRecord], None] = lambda _: None,
     clock: Clock | None = None,
+    limits: Limits = NO_LIMITS,
 ) -> tuple[ServerState, RoundRecord]:
     """Run one round.
 
@@ -158,6 +164,7 @@ def run_round(
         cohort: the ids of the round's clients.
         on_client: called with each client's record as soon as it is known.
         clock: says who takes part and who answers in time; without one all do.
+        limits: what an update is held against, and after how many rejections nobody asks again.
 
     Returns:
         The next state and the round's record, without its evaluation and running total.
@@ -171,6 +178,7 @@ def run_round(
     tasks = strategy.assign(state, present) if present else []
     plan = Plan() if clock is None else clock.plan(tasks)
     records: dict[str, ClientRecord] = {}
+    refused: list[str] = []
 
     def noted(task: ClientTask, update: ClientUpdate | None, reason: str | None) -> None:
         record = _client_record(task, update, reason, plan)
@@ -179,10 +187,12 @@ def run_round(
 
     def accepted() -> Iterator[ClientUpdate]:
         for task, update in in_task_order(trained, engine(client, trained)):
-            reason = update.failure or rejection(task, update)
+            reason = update.failure or rejection(task, update, limits)
             noted(task, None if update.failure else update, reason)
             if reason is None:
                 yield update
+            elif update.failure is None:
+                refused.append(task.client_id)
 
     # Whose work would not be used does not train: the clock knows beforehand.
     trained = [task for task in tasks if task.client_id not in plan.unused]
@@ -200,7 +210,7 @@ def run_round(
     if not asked_nobody and all(record.rejected for record in records.values()):
         raise _nobody(number, unavailable, list(records.values()))
     record = _round_record(number, tasks, records, plan, time.perf_counter() - start)
-    return new_state, replace(record, unavailable=unavailable)
+    return counted(new_state, refused), replace(record, unavailable=unavailable)
 
 
 def rounds(
@@ -214,6 +224,7 @@ def rounds(
     until: int,
     on_client: Callable[[ClientRecord], None] = lambda _: None,
     clock: Clock | None = None,
+    limits: Limits = NO_LIMITS,
     sim_seconds: float = 0.0,
 ) -> Iterator[tuple[ServerState, RoundRecord]]:
     """Yield the state and the record after each round, up to round ``until``.
@@ -228,6 +239,7 @@ def rounds(
         until: the last round.
         on_client: as ``run_round``.
         clock: as ``run_round``.
+        limits: as ``run_round``.
         sim_seconds: what the rounds before have taken on the clock.
 
     Raises:
@@ -235,8 +247,14 @@ def rounds(
         NoUsableUpdateError: no client's update could be used; what was yielded before stands.
     """
     while state.round < until:
-        cohort = draw_cohort(state.key, state.round + 1, clients, per_round)
-        state, record = run_round(state, strategy, engine, client, cohort, on_client, clock)
+        away = quarantined(state, clients, limits)
+        asked = [client_id for client_id in clients if client_id not in away]
+        if not asked:
+            raise NoUsableUpdateError("every client is in quarantine; raise --quarantine")
+        size = min(per_round, len(asked)) if away else per_round
+        cohort = draw_cohort(state.key, state.round + 1, asked, size)
+        state, record = run_round(state, strategy, engine, client, cohort, on_client, clock, limits)
+        record = replace(record, quarantined=sorted(away))
         if record.sim_seconds is not None:
             sim_seconds += record.sim_seconds
             record = replace(record, sim_seconds_total=sim_seconds)

@@ -15,9 +15,9 @@ from fslora.client import LocalTrainer
 from fslora.config import SimulateConfig
 from fslora.data.federated import fingerprints
 from fslora.engines import sequential
-from fslora.guard import Guarded
 from fslora.models import put_state, take_state
-from fslora.prepare import Run, examples_of, make_clock, prepare
+from fslora.prepare import Run, examples_of, limits_of, make_client, make_clock, prepare
+from fslora.privacy import epsilon
 from fslora.protocol import ServerState
 from fslora.server import ClientRecord, DivergedError, RoundRecord, rounds
 from fslora.settings import continued, merged, read_settings
@@ -73,12 +73,13 @@ def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
         state,
         run.strategy,
         sequential,
-        Guarded(trainer, config.seed, config.fault_values),
+        make_client(run, trainer),
         run.data.names,
         per_round=config.cohort_size,
         until=config.rounds,
         on_client=watcher.on_client,
         clock=make_clock(run, trainer),
+        limits=limits_of(run),
         sim_seconds=checkpoint.read_records(run.folder)[-1].get("sim_seconds_total") or 0.0,
     )
     try:
@@ -155,7 +156,12 @@ def _first_state(run: Run) -> ServerState:
 def _evaluated(run: Run, state: ServerState, record: RoundRecord) -> RoundRecord:
     """Add the evaluation to a round's record, in the rounds where it is due."""
     states = run.strategy.evaluated(state)
-    record = replace(record, effective_rank=round(evaluation.effective_rank(states), 6))
+    privacy = run.config.privacy(len(run.data.names))
+    record = replace(
+        record,
+        effective_rank=round(evaluation.effective_rank(states), 6),
+        epsilon=None if privacy is None else epsilon(privacy, state.round),
+    )
     first_or_last = state.round in (0, run.config.rounds)
     # Where every client has a model of its own, judging them all costs a pass for each.
     due = len(states) == 1 and state.round % run.config.eval_every == 0

@@ -68,6 +68,8 @@ def summarise(
         "full_rank_bytes_up": full * sum(map(_answered, entries)),
         "full_rank_bytes_down": full * len(entries),
         "sim_seconds": after.get("sim_seconds_total"),
+        "epsilon": after.get("epsilon"),
+        "delta": config.dp_delta,
         "devices": device_classes(entries),
         "targets": [cost_of(target, records) for target in config.target_values],
         "wall_seconds": wall_seconds,

@@ -23,6 +23,7 @@ TRACK = (
     *("accumulation", "max_length", "seed", "device", "dtype", "implementation", "threads"),
     *("layers", "eval_every", "eval_sketched", "eval_examples", "devices", "device_order"),
     *("deadline", "over_select", "faults", "targets", "out", "resume"),
+    *("attack", "attackers", "attack_strength"),
 )
 
 

@@ -1,0 +1,63 @@
+import pytest
+
+from fslora.config import SimulateConfig
+from fslora.strategies import STRATEGIES
+from fslora.trust import PRIVATE, ROBUST
+
+BASE = {"model": "m", "data": "d"}
+DP = {"dp_clip": 1.0, "dp_noise": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"max_norm": -1.0}, "--max-norm must be at least 0"),
+        ({"quarantine": -1}, "--quarantine must be at least 0"),
+        ({"trim": 0.5}, "--trim must be in"),
+        ({"min_coverage": 0}, "--min-coverage must be at least 1"),
+        ({"robust_clip": -1.0}, "--robust-clip must be at least 0"),
+        ({"attackers": 1.5}, "--attackers must be a share"),
+        ({"attack_strength": 0.0}, "--attack-strength must be positive"),
+        ({"attack": "label-flip"}, "needs classes; use it with --task classification"),
+        ({"dp_clip": 1.0}, "without noise use --robust clip"),
+        ({"dp_noise": 1.0}, "--dp-clip and --dp-noise go together"),
+        ({**DP, "dp_delta": 0.0}, "--dp-delta must be in"),
+        ({**DP, "averaging": "count"}, "--averaging count divides by what clients trained"),
+        ({**DP, "sampler": "importance"}, "--sampler importance weighs a client's ranks"),
+        (
+            {**DP, "forward": "full", "averaging": "inverse", "depth": "uniform"},
+            "--averaging inverse divides",
+        ),
+        ({**DP, "forward": "full", "averaging": "inverse"}, "--averaging inverse"),
+        ({**DP, "robust": "median"}, "--robust median releases no sum"),
+        ({**DP, "quarantine": 2}, "--quarantine makes the draw"),
+        (
+            {**DP, "over_select": 1.5, "devices": "phone:poor=1"},
+            "--over-select lets one client's answer decide",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_by_its_flag(flags, message):
+    with pytest.raises(ValueError, match=message):
+        SimulateConfig(**BASE, **flags)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rules_and_privacy_are_for_the_strategies_they_suit(strategy):
+    for allowed, flags, word in ((ROBUST, {"robust": "median"}, "median"), (PRIVATE, DP, "noise")):
+        if strategy in allowed:
+            SimulateConfig(**BASE, strategy=strategy, **flags)
+        else:
+            with pytest.raises(ValueError, match=f"{word}.* use --strategy fslora, "):
+                SimulateConfig(**BASE, strategy=strategy, **flags)
+
+
+def test_the_default_is_no_rule_no_attack_no_privacy():
+    config = SimulateConfig(**BASE)
+    assert config.rule.name == config.threat.attack == "none"
+    assert config.privacy(20) is None
+
+
+def test_privacy_is_among_the_clients_there_are():
+    privacy = SimulateConfig(**BASE, **DP, clients=50, per_round=7).privacy(40)
+    assert (privacy.clients, privacy.cohort) == (40, 7)
