@@ -124,6 +124,7 @@ def test_every_field_of_a_state_is_kept(tmp_path):
         "optimizer": {"q/step": torch.tensor(2.0)},
         "base_residual": {"q": beside},
         "client_state": {"one": {"rank": torch.tensor(3)}},
+        "rejections": {"two": 4},
     }
     assert full.keys() == {field.name for field in fields(ServerState)}
     checkpoint.save_state(tmp_path, ServerState(**full))

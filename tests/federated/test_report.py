@@ -5,11 +5,11 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,11 +275,10 @@ def test_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
     write_run(tmp_path, rounds=[round_record(0)])
     (tmp_path / "report.html").write_text("old")
 
-    def full_disk(path, content):
-        path.touch()
+    def full_disk(descriptor):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_text() == "old"
