@@ -12,11 +12,18 @@ BENCHMARKS = {
     "model": ("benchmarks.model", "a training step of a whole small model: PEFT and ours"),
     "memory": ("benchmarks.memory", "saved and peak bytes of a decoder layer, also with dropout"),
     "round": ("benchmarks.round", "a simulated round against a plain PEFT loop, in CPU time"),
+    "scale": (
+        "benchmarks.scale",
+        "ten thousand clients: what a round costs beside its local steps",
+    ),
     "cost": ("benchmarks.cost", "what a sketch ratio saves a client, and what not: counted"),
     "protocol": ("benchmarks.protocol", "all strategies on real data, as docs/results.md has it"),
     "depth": ("benchmarks.depth", "what training the upper layers alone spares a client"),
+    "plan": ("benchmarks.plan", "the planner's costs: predicted against counted and measured"),
+    "plan-fleets": ("benchmarks.plan_fleets", "plans against the best single ratio, five fleets"),
     "attacks": ("benchmarks.attacks", "hostile clients against robust rules, on SST-2"),
     "prototypes": ("benchmarks.prototypes", "two kernels that wait for a GPU, compiled only"),
+    "theory": ("benchmarks.theory.command", "predictions of docs/math.md, and what refutes them"),
     "compiled": ("benchmarks.compiled", "registers and shared memory of every kernel, no GPU"),
     "gpu": ("benchmarks.gpu", "every GPU check in one script; a dry run without a GPU"),
 }
@@ -34,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stream = sys.stderr if wrong else sys.stdout
     print("usage: python -m benchmarks NAME [flags]   (NAME --help explains them)\n", file=stream)
     for name, (_, line) in BENCHMARKS.items():
-        print(f"  {name:<10} {line}", file=stream)
+        print(f"  {name:<12} {line}", file=stream)
     if wrong:
         print(f"\nthere is no benchmark {given[0]!r}", file=stream)
     return 2 if wrong else 0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.checks import Referee
-from benchmarks.counting import AliveBytes, Operations, addresses, launches, saved_storages
+from benchmarks.counting import Operations, launches
 from benchmarks.peers import Builder
 from benchmarks.problem import Problem, Row, make_problem
 from benchmarks.roofline import Ceilings, least_time
@@ -27,6 +27,7 @@ from benchmarks.timing import (
     take_turns,
 )
 from fslora_kernels.flops import count_flops
+from fslora_kernels.memory import AliveBytes, addresses, saved_storages
 from fslora_kernels.ops.sketched_linear import Cost, cost
 
 FULL_PEFT = "PEFT at R"

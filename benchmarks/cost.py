@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 import fslora_kernels
-from benchmarks.counting import AliveBytes, addresses, saved_storages
 from benchmarks.timing import append_record, provenance
 from benchmarks.workload import bare, default_model, shared_model, with_adapter
 from fslora.client import heads
 from fslora.sketch import draw_sketches
 from fslora_kernels.flops import count_flops
+from fslora_kernels.memory import AliveBytes, addresses, saved_storages
 from fslora_kernels.sampling import sketch_size
 
 RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)

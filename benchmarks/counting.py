@@ -1,10 +1,8 @@
-"""Counting what a step does and keeps: operations, bytes moved, bytes saved, bytes alive."""
+"""Counting what a step does: operations, bytes moved, launches."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,79 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-
-def address(tensor: Tensor) -> int:
-    """Where the tensor's storage begins: views of one storage count once."""
-    return tensor.untyped_storage().data_ptr()
-
-
-def addresses(tensors: Iterable[Tensor]) -> set[int]:
-    """Return the storages of tensors that were there before and are not counted."""
-    return {address(tensor) for tensor in tensors}
-
-
-@contextmanager
-def saved_storages(known: set[int]) -> Iterator[dict[int, int]]:
-    """Note what autograd keeps for the backward pass, each storage once.
-
-    Args:
-        known: storages that do not count: parameters, and inputs if they are somebody else's.
-
-    Yields:
-        Address to bytes, filled as the forward pass runs.
-    """
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if address(tensor) not in known:
-            saved[address(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
-
-
-class AliveBytes(TorchDispatchMode):
-    """Follows every storage that an operation makes until it is freed, on any device.
-
-    Scratch space inside one operation is not seen.
-
-    Attributes:
-        peak: most bytes alive at once.
-    """
-
-    def __init__(self, known: set[int]) -> None:
-        """Start at zero; ``known`` are addresses that existed before and do not count."""
-        super().__init__()
-        self.peak = 0
-        self._known = known
-        self._alive: dict[int, int] = {}
-
-    @property
-    def now(self) -> int:
-        """Bytes alive now."""
-        return sum(self._alive.values())
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,  # noqa: ANN401
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._follow(tensor)
-        return result
-
-    def _follow(self, tensor: Tensor) -> None:
-        where, storage = address(tensor), tensor.untyped_storage()
-        if not where or where in self._known or where in self._alive:
-            return
-        self._alive[where] = storage.nbytes()
-        weakref.finalize(storage, self._alive.pop, where)
-        self.peak = max(self.peak, self.now)
+from fslora_kernels.memory import addresses
 
 
 class Operations(TorchDispatchMode):

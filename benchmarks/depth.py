@@ -20,7 +20,6 @@ import torch
 
 import fslora_kernels
 from benchmarks.cost import language_batch
-from benchmarks.counting import AliveBytes, addresses, saved_storages
 from benchmarks.timing import Interval, Pairs, append_record, clock, provenance, take_turns
 from benchmarks.workload import bare, default_model, shared_model, with_adapter
 from fslora.assignment import client_task, first_state, gather_rest
@@ -33,6 +32,7 @@ from fslora.depth import Depth, layers_of
 from fslora.models import take_state
 from fslora.protocol import ClientTask, LocalRule, LoRAWeights, ServerState
 from fslora.sketch import draw_sketches
+from fslora_kernels.memory import AliveBytes, addresses, saved_storages
 from fslora_kernels.sampling import sketch_size
 
 CLIENT = "client"

@@ -22,9 +22,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 import fslora_kernels
-from benchmarks.counting import AliveBytes, addresses, saved_storages
 from benchmarks.timing import append_record, provenance
 from fslora.sketch import draw_sketches
+from fslora_kernels.memory import AliveBytes, addresses, saved_storages
 from fslora_kernels.testing import check_error_budget
 
 ALPHA = 16.0

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 import fslora_kernels
 from benchmarks.cost import language_batch
-from benchmarks.counting import AliveBytes, addresses
 from benchmarks.shapes import ratio_name
 from benchmarks.timing import (
     Interval,
@@ -36,6 +35,7 @@ from benchmarks.timing import (
 from benchmarks.workload import LLAMA_768, bare, shared_model, with_adapter
 from fslora.client import heads
 from fslora.sketch import draw_sketches
+from fslora_kernels.memory import AliveBytes, addresses
 from fslora_kernels.sampling import sketch_size
 from fslora_kernels.testing import check_error_budget
 

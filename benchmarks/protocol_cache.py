@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import git_commit
-from fslora import checkpoint
+from fslora import checkpoint, disk
 from fslora.compare.runs import finished
 from fslora.config import SimulateConfig
 from fslora.report.records import read_object
@@ -48,8 +48,8 @@ def restore(store: Path, folder: Path, data: Path) -> int:
         for record in line["rounds"]:
             empty = {key: {} if key == "eval_loss_by_ratio" else [] for key in _OF_CLIENTS}
             checkpoint.append_record(run, {**record, **empty})
-        checkpoint.write_json(run / _SUMMARY, {"split": line["split"]})
-        checkpoint.write_json(run / _SETTINGS, settings)  # last: a run without it is none
+        disk.write_json(run / _SUMMARY, {"split": line["split"]})
+        disk.write_json(run / _SETTINGS, settings)  # last: a run without it is none
     return len(lines)
 
 
@@ -72,7 +72,7 @@ def collect(folder: Path, store: Path, data: Path) -> int:
             lines[place] = _line(run, place, data)
     if lines:
         text = "".join(json.dumps(lines[place], sort_keys=True) + "\n" for place in sorted(lines))
-        checkpoint.write_atomically(store, text.encode())
+        disk.write_atomically(store, text.encode())
     return len(lines)
 
 

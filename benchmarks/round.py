@@ -75,7 +75,7 @@ class Simulator:
     @property
     def data(self) -> dict[str, Examples]:
         """Client to examples."""
-        return dict(zip(self.run.data.names, self.run.data.clients, strict=True))
+        return dict(zip(self.run.data.names, list(self.run.data.clients), strict=True))
 
     def trainer(self, task: Task | None = None) -> LocalTrainer:
         """What clients do; the task is the run's own, or one that watches it."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import cleandoc
 from pathlib import Path
+from typing import TypeVar
 
 from fslora import __version__
+
+Config = TypeVar("Config")
 
 _USAGE = """usage: fslora COMMAND [flags]
 
@@ -18,6 +22,8 @@ Federated Sketching LoRA: one high-rank adapter, trained by devices of unequal s
 commands:
   simulate   fine-tune a model with simulated clients of unequal strength
   compare    several strategies and seeds side by side, on identical splits and budgets
+  plan       choose each device class's sketch ratio for the least time, bytes or energy
+  probe      measure this machine and write it down as a device to plan for
   doctor     say which kernels can run on this machine, and why not
   tune       measure the best tiles for this machine's GPU and keep them
   bench      time layers, kernels, models and rounds; needs the repository
@@ -38,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[Sequence[str]], None]] = {
         "simulate": _simulate,
         "compare": _compare,
+        "plan": _plan,
+        "probe": _probe,
         "doctor": _doctor,
         "tune": _tune,
         "bench": _bench,
@@ -54,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flag = " and --resume" if given[0] == "simulate" else ""
         sys.stderr.write(f"\nfslora: stopped; go on with the same command{flag}\n")
         return 130
+    except BrokenPipeError:  # as of `fslora … --help | head`: whoever reads has read enough
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - written to at exit
+        return 141
     except (ValueError, FileNotFoundError, NotImplementedError, RuntimeError) as error:
         if not _is_for_the_user(error):
             raise
@@ -124,7 +135,7 @@ def _compare(arguments: Sequence[str]) -> None:
     config = tyro.cli(
         tyro.conf.OmitArgPrefixes[CompareConfig],
         args=[*([] if chosen.config else [f"--out={DEFAULT_OUT}"]), *flags],
-        default=read_comparison(default, chosen.config) or tyro.MISSING,
+        default=read_comparison(default, chosen.config) or tyro.MISSING_NONPROP,
         prog="fslora compare",
         description=f"{cleandoc(CompareConfig.__doc__ or '').split('Attributes:')[0].strip()}\n\n"
         f"--preset {{{','.join(sorted(PRESETS))}}} takes ready-made settings, --config FILE.toml "
@@ -139,6 +150,67 @@ def _compare(arguments: Sequence[str]) -> None:
 
     compare(config, Console())
     _report_comparison(Path(config.run.out))
+
+
+def _plan(arguments: Sequence[str]) -> None:
+    from fslora.plan.settings import DEFAULT_OUT, PlanConfig
+
+    config = _around_a_run("plan", PlanConfig, DEFAULT_OUT, arguments)
+    from rich.console import Console
+
+    from fslora.plan.command import make_plan
+
+    make_plan(config, Console())
+
+
+def _probe(arguments: Sequence[str]) -> None:
+    from fslora.plan.settings import DEFAULT_OUT, ProbeConfig
+
+    config = _around_a_run("probe", ProbeConfig, DEFAULT_OUT, arguments)
+    from rich.console import Console
+
+    from fslora.plan.probe import probe
+
+    probe(config, Console())
+
+
+def _around_a_run(name: str, kind: type[Config], out: str, arguments: Sequence[str]) -> Config:
+    """Read the flags of a command whose config holds a run's as ``run``.
+
+    A file's settings go before the flags as flags: alone they need not make a valid config.
+    """
+    from dataclasses import asdict
+
+    import tyro
+
+    from fslora.config import SimulateConfig
+    from fslora.presets import PRESETS
+    from fslora.settings import merged, read_settings
+
+    files = argparse.ArgumentParser(prog=f"fslora {name}", add_help=False)
+    files.add_argument("--preset", choices=sorted(PRESETS))
+    files.add_argument("--config", type=Path)
+    chosen, flags = files.parse_known_args(arguments)
+    run = PRESETS[chosen.preset]() if chosen.preset else None
+    if chosen.config is not None:
+        run = SimulateConfig(**merged(run, read_settings(chosen.config), str(chosen.config)))
+    config: Config = tyro.cli(
+        tyro.conf.OmitArgPrefixes[kind],  # type: ignore[valid-type,misc]
+        args=[*_as_flags({} if run is None else asdict(run)), f"--out={out}", *flags],
+        prog=f"fslora {name}",
+        description=f"{cleandoc(kind.__doc__ or '').split('Attributes:')[0].strip()}\n\n"
+        "--preset NAME or --config FILE.toml takes the run's settings, as for fslora simulate.",
+    )
+    return config
+
+
+def _as_flags(values: Mapping[str, object]) -> list[str]:
+    given = []
+    for name, value in values.items():
+        dashed = name.replace("_", "-")
+        switch = f"--{dashed}" if value else f"--no-{dashed}"
+        given.append(switch if isinstance(value, bool) else f"--{dashed}={value}")
+    return given
 
 
 def _join(folders: Sequence[str], flags: Sequence[str]) -> None:

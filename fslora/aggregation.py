@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -18,11 +19,13 @@ from fslora.protocol import (
     Extras,
     LoRAWeights,
     ServerState,
+    Sketch,
 )
 from fslora.yogi import Yogi
 
 ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedadamw", "fedyogi"]
 Tensors = dict[str, Tensor]
+_BLOCK = 16  # updates that are in memory at a time
 
 
 def in_task_order(
@@ -49,6 +52,26 @@ def in_task_order(
         yield tasks[number], waiting[number]
 
 
+def _blocks(updates: Iterable[ClientUpdate]) -> Iterator[list[ClientUpdate]]:
+    """Yield a few updates at a time: those of a block share the cost of an operation."""
+    left = iter(updates)
+    while block := list(islice(left, _BLOCK)):
+        yield block
+
+
+def _fold(total: LoRAWeights, own: Sequence[tuple[Sketch, LoRAWeights]], *, inverse: bool) -> None:
+    """Add changes of one module into the ranks that they are of, in their order."""
+
+    def weighed(sketch: Sketch, change: Tensor) -> Tensor:
+        return (change * sketch.inverse_probability).to(change.dtype) if inverse else change
+
+    for place, rows in enumerate(total):
+        changed = [(sketch, pair[place]) for sketch, pair in own if pair[place].shape[0]]
+        if changed:  # nothing where the factor is not trained
+            ranks = torch.cat([sketch.rows for sketch, _ in changed])
+            rows.index_add_(0, ranks, torch.cat([weighed(*each) for each in changed]))
+
+
 def mean_update(
     adapters: Adapters,
     extras: Extras,
@@ -63,7 +86,7 @@ def mean_update(
         adapters: the global factors, for their shapes.
         extras: the heads, for their shapes.
         tasks: the round's tasks; their sketches say where each row belongs.
-        updates: accepted updates in task order, folded one at a time.
+        updates: accepted updates in task order, folded a few at a time, each rank's in that order.
         divide_by: "participants"; "count": each rank by how many of them trained it; "inverse":
             by the participants, after each change was divided by the probability with which its
             rank trains in a step (S/R where all are alike). Heads, which all train, are divided
@@ -78,29 +101,24 @@ def mean_update(
     sketches = {task.client_id: task.sketches for task in tasks}
     total = {n: LoRAWeights(*(torch.zeros_like(t) for t in p)) for n, p in adapters.items()}
     heads = {name: torch.zeros_like(tensor) for name, tensor in extras.items()}
+    counting = divide_by == "count"
     counts = {n: torch.zeros(p.rank, 1, dtype=p.lora_a.dtype) for n, p in adapters.items()}
     participants = 0
-    for update in updates:
-        participants += 1
-        for name, delta in update.delta.items():
-            sketch = sketches[update.client_id][name]
-            index = sketch.index
-            counts[name][slice(None) if index is None else index] += 1
-            weight = sketch.inverse_probability if divide_by == "inverse" else 1.0
-            for rows, change in zip(total[name], delta, strict=True):
-                if not change.shape[0]:  # a factor that is not trained
-                    continue
-                weighted = (change * weight).to(change.dtype)
-                if index is None:
-                    rows.add_(weighted)
-                else:
-                    rows.index_add_(0, index, weighted)
-        for name, change in update.extras.items():
-            heads[name].add_(change)
+    for block in _blocks(updates):
+        participants += len(block)
+        for name, pair in total.items():
+            own = [(sketches[u.client_id][name], u.delta[name]) for u in block if name in u.delta]
+            if counting and own:
+                ranks = torch.cat([sketch.rows for sketch, _ in own])
+                counts[name] += torch.bincount(ranks, minlength=pair.rank)[:, None]
+            _fold(pair, own, inverse=divide_by == "inverse")
+        for update in block:
+            for name, change in update.extras.items():
+                heads[name].add_(change)
     participants = cohort or max(participants, 1)
     for name, pair in total.items():
         for rows in pair:
-            rows.div_(counts[name].clamp(min=1) if divide_by == "count" else participants)
+            rows.div_(counts[name].clamp(min=1) if counting else participants)
     for tensor in heads.values():
         tensor.div_(participants)
     return total, heads

@@ -46,13 +46,25 @@ def task_key(state: ServerState, client_id: str) -> int:
 
 
 def client_task(
-    state: ServerState, client_id: str, sketches: Mapping[str, Sketch], local: LocalRule
+    state: ServerState,
+    client_id: str,
+    sketches: Mapping[str, Sketch],
+    local: LocalRule,
+    adapters: Adapters | None = None,
 ) -> ClientTask:
-    """Build a task: the sketched ranks of the global adapter, the heads whole, scale 1."""
+    """Build a task: the sketched ranks of the global adapter, the heads whole, scale 1.
+
+    Args:
+        state: before the round.
+        client_id: who.
+        sketches: module name to its ranks.
+        local: how to train.
+        adapters: these ranks, where they are gathered already.
+    """
     return ClientTask(
         round=state.round + 1,
         client_id=client_id,
-        adapters=gather(state.adapters, sketches),
+        adapters=gather(state.adapters, sketches) if adapters is None else adapters,
         extras={name: tensor.clone() for name, tensor in state.extras.items()},
         sketches=dict(sketches),
         local=local,
@@ -71,6 +83,23 @@ def gather(adapters: Adapters, sketches: Mapping[str, Sketch]) -> Adapters:
         else:
             compact[name] = LoRAWeights(pair.lora_a[index], pair.lora_b[index])
     return compact
+
+
+def gather_each(
+    adapters: Adapters, drawn: Mapping[str, Mapping[str, Sketch]]
+) -> dict[str, Adapters]:
+    """Gather for each client, in one call for each factor: what a client gets is views of that."""
+    found: dict[str, Adapters] = {client_id: {} for client_id in drawn}
+    for name, pair in adapters.items():
+        having = {client_id: own[name] for client_id, own in drawn.items() if name in own}
+        if not having:
+            continue
+        index = torch.cat([sketch.rows for sketch in having.values()])
+        sizes = [sketch.size for sketch in having.values()]
+        split = [torch.split(factor.index_select(0, index), sizes) for factor in pair]
+        for client_id, *factors in zip(having, *split, strict=True):
+            found[client_id][name] = LoRAWeights(*factors)
+    return found
 
 
 def gather_rest(adapters: Adapters, sketches: Mapping[str, Sketch]) -> Adapters:

@@ -37,7 +37,7 @@ def draw_attackers(threat: Threat, clients: Sequence[str], seed: int) -> frozens
 
 def poisoned(
     threat: Threat, examples: Mapping[str, Examples], attackers: frozenset[str], classes: int
-) -> dict[str, Examples]:
+) -> Mapping[str, Examples]:
     """Return everybody's examples, with the classes of hostile clients reversed by "label-flip".
 
     Args:
@@ -47,7 +47,7 @@ def poisoned(
         classes: how many there are; class c becomes ``classes`` - 1 - c.
     """
     if threat.attack != "label-flip":
-        return dict(examples)
+        return examples
     return {
         client: Examples({**own.tensors, "labels": classes - 1 - own.tensors["labels"]})
         if client in attackers
@@ -63,7 +63,8 @@ def hostile(threat: Threat, client: ClientFn, attackers: frozenset[str]) -> Clie
 
     def lying(task: ClientTask) -> ClientUpdate:
         update = client(task)
-        return _lie(threat, task, update) if task.client_id in attackers else update
+        honest = task.client_id not in attackers or update.failure is not None
+        return update if honest else _lie(threat, task, update)
 
     return lying
 

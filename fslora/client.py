@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fslora_kernels
-from fslora.data.tasks import Batch, Examples, Task
+from fslora.data.tasks import Batch, Examples, Objective
 from fslora.lowrank import stack, tail_norm
 from fslora.protocol import Adapters, ClientTask, ClientUpdate, Extras, LocalRule, LoRAWeights
 from fslora.ranks import RedrawnRanks, SameRanks
 from fslora.residual import applied
+from fslora_kernels.nn.fuse import FusedLayers, fused_layers
 from fslora_kernels.seeds import fold_in
 
 
@@ -26,7 +28,7 @@ def heads(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: the walk through the model is kept
 class LocalTrainer:
     """A ``ClientFn``: trains on one resident fused model, one client at a time.
 
@@ -37,15 +39,15 @@ class LocalTrainer:
     """
 
     model: nn.Module
-    task: Task
+    task: Objective
     data: Mapping[str, Examples]
 
     def __call__(self, task: ClientTask) -> ClientUpdate:
         """Train for the task's local steps and return the change, on the CPU."""
-        device = next(self.model.parameters()).device
+        device, layers, own_heads = self._resident
         examples = self.data[task.client_id]
-        leaves = {name: _leaves(pair, task.local, device) for name, pair in task.adapters.items()}
-        head = {name: p for name, p in heads(self.model).items() if name in task.extras}
+        leaves = _leaves(task.adapters, task.local, device)
+        head = {name: p for name, p in own_heads.items() if name in task.extras}
         with torch.no_grad():
             for name, parameter in head.items():
                 parameter.copy_(task.extras[name])
@@ -55,52 +57,51 @@ class LocalTrainer:
         ranks = kind(task, leaves, frozen, list(head.values()))
         try:
             with applied(self.model, task.residual), torch.random.fork_rng(devices):
-                torch.manual_seed(task.key)
+                _seed(task.key, device)
                 loss = self._train(ranks, examples, task)
         finally:
-            fslora_kernels.unbind(self.model)
+            fslora_kernels.unbind(layers)
         return ClientUpdate(
             round=task.round,
             client_id=task.client_id,
             nonce=task.nonce,
-            delta={
-                name: LoRAWeights(
-                    *(
-                        new.detach().cpu() - old if new.requires_grad else old[:0]
-                        for new, old in zip(leaves[name], pair, strict=True)
-                    )
-                )
-                for name, pair in task.adapters.items()
-            },
+            delta=_changes(leaves, task.adapters),
             extras={n: head[n].detach().cpu() - old for n, old in task.extras.items()},
             num_examples=len(examples),
             metrics={"loss": loss},
         )
 
+    @cached_property
+    def _resident(self) -> tuple[torch.device, FusedLayers, dict[str, nn.Parameter]]:
+        """Walk through the model once, as it stays what it is: device, fused layers, heads."""
+        self.model.train()
+        device = next(self.model.parameters()).device
+        return device, fused_layers(self.model), heads(self.model)
+
     def _train(
         self, ranks: SameRanks | RedrawnRanks, examples: Examples, task: ClientTask
     ) -> float:
         """Run the local steps; return the mean training loss, the penalty not included."""
-        rule = task.local
+        rule, (device, layers, _) = task.local, self._resident
         batches = _batches(examples, rule.batch_size, fold_in(task.key, "batches"))
-        device = next(self.model.parameters()).device
         scales = {name: tensor.to(device) for name, tensor in task.rank_scales.items()}
         total = torch.zeros((), device=device)
         bound: Adapters | None = None
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         for step in range(rule.steps):
             leaves, frozen = ranks.begin(step)
             if leaves is not bound:
-                fslora_kernels.bind(self.model, leaves, scale=scales or task.scale)
+                fslora_kernels.bind(layers, leaves, scale=scales or task.scale)
                 bound = leaves
-            for _ in range(rule.accumulation):
+            for batch, parts in _parts(self.task, batches, rule):
                 if frozen:
                     whole = {
                         name: stack([leaves[name], pair]) if name in leaves else pair
                         for name, pair in frozen.items()
                     }
-                    fslora_kernels.bind(self.model, {**leaves, **whole}, scale=task.scale)
-                loss = self.task.loss(self.model, next(batches)) / rule.accumulation
+                    fslora_kernels.bind(layers, {**leaves, **whole}, scale=task.scale)
+                loss = self.task.loss(self.model, batch) / parts
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
             if rule.penalty:
@@ -112,13 +113,38 @@ class LocalTrainer:
         return float(total) / rule.steps
 
 
-def _leaves(pair: LoRAWeights, rule: LocalRule, device: torch.device) -> LoRAWeights:
-    return LoRAWeights(
-        *(
-            t.detach().to(device, copy=True).requires_grad_(trained)
-            for t, trained in zip(pair, rule.trained, strict=True)
-        )
+@torch.no_grad()
+def _changes(leaves: Adapters, received: Adapters) -> Adapters:
+    """Subtract, on the CPU, in one call for all; a factor that is not trained has no rows."""
+    both = [each for name in received for each in zip(leaves[name], received[name], strict=True)]
+    trained = [(new.cpu(), old) for new, old in both if new.requires_grad]
+    changes = iter(torch._foreach_sub(*map(list, zip(*trained, strict=True))) if trained else ())
+    found = (next(changes) if new.requires_grad else old[:0] for new, old in both)
+    return {name: LoRAWeights(next(found), next(found)) for name in received}
+
+
+def _seed(key: int, device: torch.device) -> None:
+    """Seed what a model draws from."""
+    if device.type == "cpu":
+        # torch.manual_seed keeps a stack trace for every kind of GPU that is not in use yet.
+        torch.default_generator.manual_seed(key)
+    else:
+        torch.manual_seed(key)
+
+
+def _leaves(adapters: Adapters, rule: LocalRule, device: torch.device) -> Adapters:
+    """Copy the factors out as leaves, in one call for all where they need not travel."""
+    factors = [factor for pair in adapters.values() for factor in pair]
+    copies = (
+        [t.to(device, copy=True) for t in factors] if device.type != "cpu" else _clones(factors)
     )
+    leaves = zip(copies, rule.trained * len(adapters), strict=True)
+    found = (leaf.requires_grad_(trained) for leaf, trained in leaves)
+    return {name: LoRAWeights(next(found), next(found)) for name in adapters}
+
+
+def _clones(tensors: list[Tensor]) -> Sequence[Tensor]:
+    return torch._foreach_clone(tensors) if tensors else []
 
 
 def _batches(examples: Examples, size: int, key: int) -> Iterator[Batch]:
@@ -134,6 +160,22 @@ def _batches(examples: Examples, size: int, key: int) -> Iterator[Batch]:
             order = torch.cat([order, torch.randperm(len(examples), generator=generator)])
         rows, order = order[:size], order[size:]
         yield examples.take(rows)
+
+
+def _parts(
+    task: Objective, batches: Iterator[Batch], rule: LocalRule
+) -> Iterator[tuple[Batch, float]]:
+    """Yield what one step is computed on, and what each mean loss is to be divided by."""
+    for _ in range(rule.accumulation):
+        batch = next(batches)
+        if rule.pieces == 1:
+            yield batch, rule.accumulation
+            continue
+        whole = float(task.supervised(batch))
+        for rows in torch.arange(len(batch["labels"])).tensor_split(rule.pieces):
+            piece = {name: tensor[rows] for name, tensor in batch.items()}
+            if supervised := float(task.supervised(piece)):
+                yield piece, rule.accumulation * whole / supervised
 
 
 def payload_bytes(adapters: Adapters, extras: Extras) -> tuple[int, int]:

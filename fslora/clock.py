@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fslora.client import LocalTrainer, download_bytes, upload_bytes
 from fslora.data.tasks import Examples
 from fslora.devices import Device, Fleet
+from fslora.faults import SLOWDOWN
 from fslora.protocol import POOLED, ClientTask
 from fslora.ranks import one_step
 from fslora_kernels.flops import count_flops
@@ -50,6 +51,7 @@ class Times:
         down_seconds: receiving.
         compute_seconds: training.
         up_seconds: sending.
+        slowed: whether a fault struck it, which is in its compute seconds.
     """
 
     device: str
@@ -57,6 +59,7 @@ class Times:
     down_seconds: float
     compute_seconds: float
     up_seconds: float
+    slowed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ class Clock:
         per_round: how many answers a round waits for.
         deadline: seconds after which a round takes no answer; 0 waits for everybody, and so does
             a task that does not travel.
+        slow: probability that a client computes ``SLOWDOWN`` times as long.
     """
 
     seed: int
@@ -94,6 +98,7 @@ class Clock:
     step_flops: StepFlops
     per_round: int
     deadline: float = 0.0
+    slow: float = 0.0
 
     def available(self, round_number: int, cohort: Sequence[str]) -> list[str]:
         """Return those of a cohort who take part when asked, in its order."""
@@ -112,8 +117,10 @@ class Clock:
         up = 8 * sum(upload_bytes(task)) / device.up_bits_per_second
         flops = rule.steps * rule.accumulation * self.step_flops(task)
         compute = flops / device.flops_per_second * lognormal(device.jitter, *key)
+        slowed = uniform(self.seed, "fault", "slow", task.round, task.client_id) < self.slow
+        compute *= SLOWDOWN if slowed else 1
         rtt = 0.0 if task.private else device.rtt_seconds
-        return Times(device.name, rtt + down + compute + up, down, compute, up)
+        return Times(device.name, rtt + down + compute + up, down, compute, up, slowed)
 
     def plan(self, tasks: Sequence[ClientTask]) -> Plan:
         """Say how a round goes: who is waited for, who fails, who is late, how long it takes.

@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 from fslora.devices import Fleet, read_fleet
+from fslora.faults import Faults, read_faults
 from fslora.options import Averaging, Forward, Redraw, Sampler, check_options
 from fslora.trust import Attack, Limits, Privacy, Robust, Rule, Threat, check_trust
 
@@ -20,6 +21,7 @@ _LOWEST = {
     "max_length": 2,
     "over_select": 1,
 }
+_RATIOS = "1/8,1/4,1/2"
 _FSLORA_OPTIONS = {
     "forward": "sketched",
     "averaging": "participants",
@@ -75,7 +77,7 @@ class SimulateConfig:
         lora_dropout: dropout on the adapter's input.
         target_modules: layers to adapt, by the end of their names, comma-separated, or all-linear.
         ratios: sketch ratios S/R of the capacity classes, comma-separated, such as 1/8,1/4,1/2;
-            clients are dealt to the classes evenly.
+            clients are dealt to the classes evenly, unless --devices has ratios of its own.
         strategy: fslora; hetlora, flexlora, flora or fed-plora, which also give each client the
             ranks of its ratio; fedit, ffa-lora, rolora or fedex-lora, all clients at rank R;
             fedit-min or fedit-max, all at the lowest or highest ratio; or as references zero-shot
@@ -126,6 +128,8 @@ class SimulateConfig:
         device_order: by-ratio (slower devices to the clients of smaller ratios) or random.
         deadline: simulated seconds after which a round takes no more answers; 0 waits for all.
         over_select: choose so many times per_round clients, and take the first per_round answers.
+        faults: what goes wrong with clients on purpose, and with what probability in a round, such
+            as crash=0.05,nan=0.02,oom=0.1 (out of memory),slow=0.1 (needs --devices).
         max_norm: refuse an update whose norm, over all it changes, is above this; 0 does not.
         quarantine: ask a client no more after so many refused updates; 0 asks for ever.
         robust: what is averaged, against hostile clients: none (the updates), clip (each clipped
@@ -168,7 +172,7 @@ class SimulateConfig:
     rslora: bool = False
     lora_dropout: float = 0.0
     target_modules: str = "all-linear"
-    ratios: str = "1/8,1/4,1/2"
+    ratios: str = _RATIOS
     strategy: Literal[
         "fslora",
         "fedit",
@@ -217,6 +221,7 @@ class SimulateConfig:
     device_order: Literal["by-ratio", "random"] = "by-ratio"
     deadline: float = 0.0
     over_select: float = 1.0
+    faults: str = ""
     max_norm: float = 0.0
     quarantine: int = 0
     robust: Robust = "none"
@@ -277,7 +282,14 @@ class SimulateConfig:
                 f"--over-select {self.over_select:g} of {self.per_round} asks {self.cohort_size} "
                 f"clients a round, and there are {self.clients}; lower it or raise --clients"
             )
+        if self.fault_values.slow and not self.devices:
+            raise ValueError("--faults slow needs a clock: give --devices")
         _ = self.fleet, self.target_values  # refuse what cannot be read before anything is loaded
+        listed = ",".join(map(str, self.ratio_values))
+        if self.ratios not in (listed, _RATIOS) and self.fleet and any(self.fleet.ratios):
+            raise ValueError(
+                f"the devices have ratios of their own, {listed}: leave out --ratios {self.ratios}"
+            )
 
     def _check_trust(self) -> None:
         check_trust(
@@ -312,7 +324,9 @@ class SimulateConfig:
 
     @property
     def ratio_values(self) -> tuple[float, ...]:
-        """The sketch ratios as numbers."""
+        """The sketch ratios as numbers; the devices' own where they have some."""
+        if self.fleet is not None and any(self.fleet.ratios):
+            return self.fleet.ratios
         try:
             return tuple(float(Fraction(part.strip())) for part in self.ratios.split(","))
         except (ValueError, ZeroDivisionError):
@@ -324,6 +338,11 @@ class SimulateConfig:
     def fleet(self) -> Fleet | None:
         """The devices, None where there is no clock."""
         return read_fleet(self.devices) if self.devices else None
+
+    @property
+    def fault_values(self) -> Faults:
+        """The faults as probabilities."""
+        return read_faults(self.faults)
 
     @property
     def strategy_options(self) -> dict[str, Any]:

@@ -54,6 +54,8 @@ def progress(config: SimulateConfig, console: Console) -> Iterator[Watcher]:
         bars.update(bar, advance=1, loss=loss, bytes=format_bytes(moved))
         if record.rejected is not None:
             bars.console.print(f"  {record.id}: left out, {record.rejected}", markup=False)
+        elif record.fault is not None:
+            bars.console.print(f"  {record.id}: used, though {record.fault}", markup=False)
 
     def on_round(record: RoundRecord) -> None:
         done = record.round * config.cohort_size  # some may not have been available

@@ -60,7 +60,7 @@ NETWORKS = {
     "5g": Network(150e6, 20e6, 0.02),
     "silo": Network(1e9, 1e9, 0.005),
 }
-_MAY_BE_ZERO = ("rtt_seconds", "dropout", "jitter")
+_MAY_BE_ZERO = ("rtt_seconds", "dropout", "jitter", "watts", "ratio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,8 @@ class Device:
         availability: probability that it takes part when asked.
         dropout: probability that it fails in the middle of a round.
         jitter: σ of the lognormal factor, of mean 1, on a round's compute time.
+        watts: drawn while it takes part in a round; 0 where nobody knows.
+        ratio: sketch ratio S/R of the clients that have it; 0 leaves it to ``--ratios``.
     """
 
     name: str
@@ -90,6 +92,8 @@ class Device:
     availability: float = 1.0
     dropout: float = 0.0
     jitter: float = 0.0
+    watts: float = 0.0
+    ratio: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse figures that no device has."""
@@ -103,6 +107,8 @@ class Device:
                 f"device {self.name}: availability is at most 1 and dropout below 1, got "
                 f"{self.availability} and {self.dropout}"
             )
+        if self.ratio > 1:
+            raise ValueError(f"device {self.name}: ratio is at most 1, got {self.ratio}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +129,13 @@ class Fleet:
         total = sum(device.share for device in self.devices)
         if abs(total - 1) > 1e-6:
             raise ValueError(f"--devices: the shares must sum to 1, they sum to {total:g}")
+        if 0 in self.ratios and any(self.ratios):
+            raise ValueError("--devices: give every device its own ratio, or none")
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """The devices' own sketch ratios; all 0 where clients are dealt those of ``--ratios``."""
+        return tuple(device.ratio for device in self.devices)
 
     def to_json(self) -> list[dict[str, object]]:
         """Return one table of plain values a device, which ``read_fleet`` reads as JSON."""

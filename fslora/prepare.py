@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +19,11 @@ from fslora.data.causal_lm import CausalLM
 from fslora.data.classification import Classification
 from fslora.data.federated import FederatedData, load_federated, validation_split
 from fslora.data.instruction import Instruction
+from fslora.data.lazy import NamedExamples
 from fslora.data.rows import read_rows
 from fslora.data.tasks import Examples, Task, pad_id, pooled
+from fslora.devices import Device, Fleet
+from fslora.guard import Guarded
 from fslora.models import load_model, load_tokenizer
 from fslora.privacy import private
 from fslora.protocol import POOLED, ClientFn, LocalRule, Strategy
@@ -75,15 +78,30 @@ def make_task(config: SimulateConfig) -> Task:
     )
 
 
-def deal_ratios(config: SimulateConfig, clients: int) -> dict[int, float]:
+def deal_ratios(config: SimulateConfig, names: Sequence[str]) -> dict[int, float]:
     """Deal clients to the capacity classes evenly, in an order drawn from the seed.
+
+    Where the devices have ratios of their own, each client has its device's.
 
     Returns:
         Client position to the ratio S/R that its whole number of ranks really is.
     """
-    order = np.random.default_rng(fold_in(config.seed, "ratios")).permutation(clients)
+    if config.fleet is not None and any(config.fleet.ratios):
+        device_of = dealt_devices(config, config.fleet, dict.fromkeys(names, 1.0))
+        own = [device_of[name].ratio for name in names]
+        return {n: sketch_size(config.rank, ratio) / config.rank for n, ratio in enumerate(own)}
+    order = np.random.default_rng(fold_in(config.seed, "ratios")).permutation(len(names))
     ratios = [sketch_size(config.rank, ratio) / config.rank for ratio in config.ratio_values]
     return {int(client): ratios[place % len(ratios)] for place, client in enumerate(order)}
+
+
+def dealt_devices(
+    config: SimulateConfig, fleet: Fleet, ratio_of: Mapping[str, float]
+) -> dict[str, Device]:
+    """Deal a fleet to clients; one with ratios of its own as to clients that are all alike."""
+    alike = dict.fromkeys(ratio_of, 1.0) if any(fleet.ratios) else ratio_of
+    by_ratio = config.device_order == "by-ratio"
+    return deal_devices(fleet, alike, config.seed, by_ratio=by_ratio)
 
 
 def prepare(config: SimulateConfig) -> Run:
@@ -126,7 +144,7 @@ def prepare(config: SimulateConfig) -> Run:
     model = load_model(config, data.labels, pad_id(tokenizer))
     if config.fleet is not None:
         check_memory(config.fleet, model)
-    ratio_of = deal_ratios(config, len(data.names))
+    ratio_of = deal_ratios(config, data.names)
     named = {data.names[client]: ratio for client, ratio in ratio_of.items()}
     strategy = trusting(config, make_strategy(config, named), len(data.names))
     return Run(config, Path(config.out), model, data, task, strategy, ratio_of)
@@ -173,23 +191,40 @@ def attackers_of(run: Run) -> frozenset[str]:
     return draw_attackers(run.config.threat, run.data.names, run.config.seed)
 
 
+@dataclass(frozen=True, slots=True, eq=False)  # a mapping knows when it is equal
+class _Sizes(Mapping[str, int]):
+    """How many examples everybody has, looked at when it is asked for."""
+
+    examples: Mapping[str, Examples]
+
+    def __getitem__(self, client: str) -> int:
+        return len(self.examples[client])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
 def limits_of(run: Run) -> Limits:
     """What the server puts up with; it knows how many examples everybody has."""
-    sizes = {name: len(own) for name, own in examples_of(run).items()}
+    sizes = _Sizes(NamedExamples(run.data.names, run.data.clients))
     return Limits(run.config.max_norm, run.config.quarantine, sizes)
 
 
 def make_client(run: Run, trainer: LocalTrainer) -> ClientFn:
-    """The clients of a run, hostile ones among them."""
-    return hostile(run.config.threat, trainer, attackers_of(run))
+    """The clients of a run, those that fail and those that are hostile among them."""
+    client = Guarded(trainer, run.config.seed, run.config.fault_values)
+    return hostile(run.config.threat, client, attackers_of(run))
 
 
-def examples_of(run: Run) -> dict[str, Examples]:
-    """Client id to its examples; those of all under ``POOLED`` where a strategy asks for it."""
-    own = dict(zip(run.data.names, run.data.clients, strict=True))
-    examples = poisoned(run.config.threat, own, attackers_of(run), len(run.data.labels))
+def examples_of(run: Run) -> Mapping[str, Examples]:
+    """Client id to its examples; for centralised training those of all, under ``POOLED``."""
+    named = NamedExamples(run.data.names, run.data.clients)
+    examples = poisoned(run.config.threat, named, attackers_of(run), len(run.data.labels))
     if run.config.strategy == "centralised":
-        examples[POOLED] = pooled(list(examples.values()))
+        return {POOLED: pooled(list(examples.values()))}
     return examples
 
 
@@ -203,11 +238,11 @@ def make_clock(run: Run, trainer: LocalTrainer) -> Clock | None:
     config = run.config
     if config.fleet is None:
         return None
-    by_ratio = config.device_order == "by-ratio"
     return Clock(
         seed=config.seed,
-        device_of=deal_devices(config.fleet, run.ratio_of_id, config.seed, by_ratio=by_ratio),
+        device_of=dealt_devices(config, config.fleet, run.ratio_of_id),
         step_flops=step_counter(trainer, run.data.evaluation),
         per_round=config.per_round,
         deadline=config.deadline,
+        slow=config.fault_values.slow,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from fslora.config import SimulateConfig
 
@@ -30,4 +31,19 @@ def demo() -> SimulateConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], SimulateConfig]] = {"demo": demo}
+def chaos() -> SimulateConfig:
+    """The demo's clients on devices that are away, slow, short of memory and apt to fail."""
+    return replace(
+        demo(),
+        rounds=5,
+        per_round=8,
+        devices="budget-phone:poor=0.5,laptop:median=0.3,gpu:5g=0.2",
+        over_select=1.5,
+        deadline=1.5,
+        faults="crash=0.1,nan=0.1,oom=0.2,slow=0.2",
+        seed=3,  # in which each of them happens
+        out="runs/chaos",
+    )
+
+
+PRESETS: dict[str, Callable[[], SimulateConfig]] = {"demo": demo, "chaos": chaos}

@@ -62,6 +62,11 @@ class Sketch:
         return self.rank if self.index is None else int(self.index.shape[0])
 
     @property
+    def rows(self) -> Tensor:
+        """The ranks that are used, int64 ``[S]``."""
+        return torch.arange(self.rank) if self.index is None else self.index
+
+    @property
     def correction(self) -> float:
         """R / S, which makes the sketched adapter right on average."""
         return self.rank / self.size
@@ -91,6 +96,8 @@ class LocalRule:
         steps: H, optimizer steps in one round.
         batch_size: examples in one batch.
         accumulation: batches in one optimizer step.
+        pieces: in which a batch is computed, one after the other, to save memory; the gradient is
+            the batch's but for rounding.
         clip_norm: the gradient's norm is clipped to this; 0 does not clip.
         weight_decay: decoupled for AdamW.
         momentum: of SGD.
@@ -107,6 +114,7 @@ class LocalRule:
     steps: int = 10
     batch_size: int = 8
     accumulation: int = 1
+    pieces: int = 1
     clip_norm: float = 0.0
     weight_decay: float = 0.0
     momentum: float = 0.0
@@ -117,7 +125,7 @@ class LocalRule:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train."""
-        for name in ("steps", "batch_size", "accumulation"):
+        for name in ("steps", "batch_size", "accumulation", "pieces"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.lr > 0:
@@ -188,7 +196,9 @@ class ClientUpdate:
             rows, because it does not travel.
         extras: trained minus received heads.
         num_examples: distinct examples that the client has.
-        metrics: "loss", the mean training loss; more where a client reports more.
+        metrics: "loss", the mean training loss; "pieces", in how many it had to compute each batch
+            for want of memory; more where a client reports more.
+        failure: why there is no change; then all the rest is empty.
         refused: why what came in could not be read as an update, None for one that was.
     """
 
@@ -199,6 +209,7 @@ class ClientUpdate:
     extras: Extras
     num_examples: int
     metrics: dict[str, float]
+    failure: str | None = None
     refused: str | None = None
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from fslora.aggregation import in_task_order
 from fslora.client import download_bytes, upload_bytes
-from fslora.clock import FAILED, Clock, Plan
+from fslora.clock import FAILED, Clock, Plan, Times
+from fslora.faults import SLOWDOWN
 from fslora.protocol import ClientFn, ClientTask, ClientUpdate, Engine, ServerState, Strategy
 from fslora.trust import Limits
 from fslora.validate import NO_LIMITS, counted, quarantined, rejection
@@ -49,6 +50,7 @@ class ClientRecord:
         sim_down_seconds: receiving.
         sim_compute_seconds: training.
         sim_up_seconds: sending.
+        fault: what went wrong although it answered; left out of the file where nothing did.
     """
 
     id: str
@@ -63,6 +65,7 @@ class ClientRecord:
     sim_down_seconds: float | None = None
     sim_compute_seconds: float | None = None
     sim_up_seconds: float | None = None
+    fault: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,11 @@ class RoundRecord:
 
     def to_json(self) -> dict[str, object]:
         """Return it as plain values for one JSON object."""
-        return asdict(self)
+        values = asdict(self)
+        for client in values["clients"]:
+            if client["fault"] is None:
+                del client["fault"]
+        return values
 
 
 def draw_cohort(seed: int, round_number: int, clients: Sequence[str], per_round: int) -> list[str]:
@@ -180,11 +187,11 @@ def run_round(
 
     def accepted() -> Iterator[ClientUpdate]:
         for task, update in in_task_order(trained, engine(client, trained)):
-            reason = rejection(task, update, limits)
-            noted(task, update, reason)
+            reason = update.failure or rejection(task, update, limits)
+            noted(task, None if update.failure else update, reason)
             if reason is None:
                 yield update
-            else:
+            elif update.failure is None:
                 refused.append(task.client_id)
 
     # Whose work would not be used does not train: the clock knows beforehand.
@@ -266,6 +273,8 @@ def _nobody(
         remedy = f"Raise --deadline: the fastest of the late needed {min(late):.3g} s"
     elif all(reason in _ABSENT for reason in reasons.values()):
         remedy = "Raise --over-select or --per-round, or give --devices more availability"
+    elif any("memory" in reason for reason in reasons.values()):
+        remedy = "Lower --max-length, or take a smaller model or --dtype bfloat16"
     listed = "; ".join(f"{client_id}: {reason}" for client_id, reason in reasons.items())
     return NoUsableUpdateError(
         f"round {number}: no client's update could be used ({listed}). {remedy}"
@@ -292,7 +301,18 @@ def _client_record(
         sim_down_seconds=None if times is None else times.down_seconds,
         sim_compute_seconds=None if times is None else times.compute_seconds,
         sim_up_seconds=None if times is None else times.up_seconds,
+        fault=_fault(update, times),
     )
+
+
+def _fault(update: ClientUpdate | None, times: Times | None) -> str | None:
+    found = []
+    if update is not None and "pieces" in update.metrics:
+        pieces = update.metrics["pieces"]
+        found.append(f"it ran out of memory, and computed each batch in {pieces:.0f} pieces")
+    if times is not None and times.slowed:
+        found.append(f"it was {SLOWDOWN} times as slow as its device")
+    return "; ".join(found) or None
 
 
 def _round_record(
@@ -332,7 +352,9 @@ def _coverage(tasks: Sequence[ClientTask]) -> list[float]:
     if not sketches:
         return []
     counts = np.zeros(sketches[0].rank)
-    for sketch in sketches:
-        counts[slice(None) if sketch.index is None else sketch.index.numpy()] += 1
+    parts = [sketch.index.numpy() for sketch in sketches if sketch.index is not None]
+    if parts:
+        counts += np.bincount(np.concatenate(parts), minlength=len(counts))
+    counts += len(sketches) - len(parts)
     pairs = sum(len(task.sketches.keys() | task.frozen.keys()) for task in tasks)
     return [round(float(share), 6) for share in counts / pairs]

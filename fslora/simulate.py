@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from fslora import checkpoint, evaluation
+from fslora import checkpoint, disk, evaluation
 from fslora.client import LocalTrainer
 from fslora.config import SimulateConfig
 from fslora.data.federated import fingerprints
@@ -53,13 +53,19 @@ def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str
         NoUsableUpdateError: no client of a round could be used; the rounds before are kept.
         DivergedError: the evaluation loss is no number any more; likewise.
     """
-    watcher = watcher or Watcher()
-    config = checked_folder(config)
+    watcher, folder = watcher or Watcher(), Path(config.out)
+    checked_folder(config)  # before a folder is made
+    with disk.locked(folder, checkpoint.newest_round(folder)):
+        # Again: another process may have begun a run in it, or got further.
+        return _simulate(checked_folder(config), watcher)
+
+
+def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
     run = prepare(config)
     start = perf_counter()
-    with checkpoint.explained_io_errors(run.folder, 0):
+    with disk.explained_errors(run.folder, checkpoint.newest_round(run.folder)):
         settings = replace(config, resume=False).to_json()
-        checkpoint.write_json(run.folder / "config.json", settings)
+        disk.write_json(run.folder / "config.json", settings)
         state = _first_state(run)
     watcher.on_start(state.round)
     trainer = LocalTrainer(run.model, run.task, examples_of(run))
@@ -79,7 +85,7 @@ def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str
     try:
         for new_state, bare in steps:
             record = _evaluated(run, new_state, bare)
-            with checkpoint.explained_io_errors(run.folder, state.round):
+            with disk.explained_errors(run.folder, checkpoint.of_round(state.round)):
                 checkpoint.append_record(run.folder, record.to_json())
                 checkpoint.save_state(run.folder, new_state)
             state = new_state
@@ -94,8 +100,8 @@ def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str
     seconds = perf_counter() - start
     summary = summarise(config, state, run.ratio_of_id, records, seconds, device)
     summary["split"] = fingerprints(run.data)
-    with checkpoint.explained_io_errors(run.folder, state.round):
-        checkpoint.write_json(run.folder / "summary.json", summary)
+    with disk.explained_errors(run.folder, checkpoint.of_round(state.round)):
+        disk.write_json(run.folder / "summary.json", summary)
     return summary
 
 
@@ -130,16 +136,14 @@ def _write_adapter(run: Run, state: ServerState) -> None:
         run.model.save_pretrained(folder)
         checkpoint.save_residual(Path(folder), state.base_residual)
 
-    with checkpoint.explained_io_errors(run.folder, state.round):
-        checkpoint.replace_folder(run.folder / "adapter", write)
+    with disk.explained_errors(run.folder, checkpoint.of_round(state.round)):
+        disk.replace_folder(run.folder / "adapter", write)
 
 
 def _first_state(run: Run) -> ServerState:
     """The state to begin with: from the checkpoint, or fresh and evaluated once."""
-    if run.config.resume and (run.folder / checkpoint.STATE_FILE).is_file():
-        state = checkpoint.load_state(run.folder)
-        checkpoint.cut_records(run.folder, state.round)
-        return state
+    if run.config.resume and (saved := checkpoint.resume(run.folder)) is not None:
+        return saved
     state = run.strategy.init(*take_state(run.model), run.config.seed)
     checkpoint.cut_records(run.folder, -1)
     beginning = 0.0 if run.config.devices else None

@@ -56,16 +56,19 @@ def counted(state: ServerState, refused: Iterable[str]) -> ServerState:
 def _tensors_rejection(task: ClientTask, update: ClientUpdate) -> str | None:
     if update.delta.keys() != task.adapters.keys() or update.extras.keys() != task.extras.keys():
         return "its modules are not those that it was given"
+    changes: list[tuple[str, Tensor]] = []
     for name, pair in task.adapters.items():
         for factor, given, trained in zip(
             update.delta[name], pair, task.local.trained, strict=True
         ):
             if (reason := _misfit(factor, given if trained else given[:0])) is not None:
                 return f"{name} {reason}"
+            changes.append((name, factor))
     for name, given in task.extras.items():
         if (reason := _misfit(update.extras[name], given)) is not None:
             return f"{name} {reason}"
-    return None
+        changes.append((name, update.extras[name]))
+    return _not_finite(changes)
 
 
 def _misfit(delta: Tensor, given: Tensor) -> str | None:
@@ -73,9 +76,17 @@ def _misfit(delta: Tensor, given: Tensor) -> str | None:
         return "is not a plain tensor where the server's is"
     if delta.shape != given.shape or delta.dtype != given.dtype:
         return f"is {delta.dtype} {tuple(delta.shape)} but was {given.dtype} {tuple(given.shape)}"
-    if not bool(torch.isfinite(delta).all()):
-        return "is not finite"
     return None
+
+
+def _not_finite(changes: Sequence[tuple[str, Tensor]]) -> str | None:
+    """Look at all tensors in one call; only where that finds something, at each."""
+    filled = [change for _, change in changes if change.numel()]
+    largest = torch._foreach_norm(filled, math.inf) if filled else []
+    if all(map(math.isfinite, largest)):
+        return None
+    name = next(name for name, change in changes if not bool(torch.isfinite(change).all()))
+    return f"{name} is not finite"
 
 
 def _norm_rejection(task: ClientTask, update: ClientUpdate, most: float) -> str | None:

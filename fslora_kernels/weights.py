@@ -1,5 +1,6 @@
 """The low-rank pair of one layer, and what a valid index set is."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -82,12 +83,13 @@ def check_index(index: Tensor, rank: int) -> None:
         )
     if index.numel() == 0:
         raise ValueError("the index set is empty; a sketch keeps at least one rank")
-    low, high = int(index.min()), int(index.max())
+    ranks = index.tolist()  # once off the device; and for so few faster than operations on tensors
+    low, high = min(ranks), max(ranks)
     if low < 0 or high >= rank:
         raise ValueError(
             f"the index set reaches from {low} to {high}, but the adapter has ranks 0 to {rank - 1}"
         )
-    if index.numel() > 1 and bool((index[1:] <= index[:-1]).any()):
+    if any(after <= before for before, after in pairwise(ranks)):
         raise ValueError(
             "the index set must be ascending without repeats; sort it with torch.unique(index)"
         )

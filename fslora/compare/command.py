@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fslora import checkpoint
+from fslora import disk
 from fslora.compare.runs import rounds_done, run_all
 from fslora.compare.search import found_for, search, trials_of
 from fslora.compare.settings import CompareConfig
@@ -45,7 +45,8 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         config.of_run(entry, seed, {}) for entry in config.entries for seed in config.seed_values
     ]
     for run in (*trials, *planned):
-        ratios = {str(client): ratio for client, ratio in deal_ratios(run, run.clients).items()}
+        names = [str(client) for client in range(run.clients)]
+        ratios = {names[client]: ratio for client, ratio in deal_ratios(run, names).items()}
         make_strategy(run, ratios)  # refused now, and not after hours
     with _bar(console, "searching", trials) as on_round:
         tried = search(config, on_round)
@@ -62,8 +63,8 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         console.print(f"{folder} stopped: {reason}", markup=False)
     comparison = {"datasets": [tabulate(config, runs, failures, tried)]}
     out = Path(config.run.out)
-    with checkpoint.explained_io_errors(out, 0):
-        checkpoint.write_json(out / COMPARE_FILE, comparison)
+    with disk.explained_errors(out):
+        disk.write_json(out / COMPARE_FILE, comparison)
     if config.tensorboard:
         folders = [Path(run.out) for run in runs.values()]
         write_curves(Path(config.tensorboard), folders)
@@ -85,8 +86,8 @@ def join(folders: Sequence[Path], out: Path) -> None:
     names = [data["name"] for data in datasets]
     if len(set(names)) < len(names):
         raise ValueError(f"data sets {', '.join(names)}: give each a --name of its own")
-    with checkpoint.explained_io_errors(out, 0):
-        checkpoint.write_json(out / COMPARE_FILE, {"datasets": datasets})
+    with disk.explained_errors(out):
+        disk.write_json(out / COMPARE_FILE, {"datasets": datasets})
 
 
 @contextmanager

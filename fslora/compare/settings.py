@@ -18,28 +18,12 @@ Setting = str | int | float | bool
 # The track is the same for all: what a strategy's options and the search may not touch.
 TRACK = (
     *("model", "data", "eval_data", "train_rows", "validation", "task", "text_column"),
-    *(
-        "label_column",
-        "prompt_columns",
-        "response_column",
-        "header",
-        "reader",
-        "metric",
-        "partition",
-        "clients",
-    ),
-    *("per_round", "strategy", "rounds", "local_steps", "batch_size", "accumulation"),
-    *("max_length", "seed", "device", "dtype", "implementation", "threads", "layers"),
-    *(
-        "eval_every",
-        "eval_sketched",
-        "eval_examples",
-        "devices",
-        "device_order",
-        "deadline",
-        "over_select",
-    ),
-    *("targets", "out", "resume", "attack", "attackers", "attack_strength"),
+    *("label_column", "prompt_columns", "response_column", "header", "reader", "metric"),
+    *("partition", "clients", "per_round", "strategy", "rounds", "local_steps", "batch_size"),
+    *("accumulation", "max_length", "seed", "device", "dtype", "implementation", "threads"),
+    *("layers", "eval_every", "eval_sketched", "eval_examples", "devices", "device_order"),
+    *("deadline", "over_select", "faults", "targets", "out", "resume"),
+    *("attack", "attackers", "attack_strength"),
 )
 
 

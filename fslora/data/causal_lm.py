@@ -32,15 +32,39 @@ class CausalLM:
         if self.max_length < 2:
             raise ValueError(f"max_length is {self.max_length}; a next token needs at least 2")
 
+    @property
+    def columns(self) -> tuple[str | int, ...]:
+        """The columns that it reads."""
+        return self.text_columns
+
+    def surely_trains(self, rows: Rows) -> bool:
+        """Whether there are two words: tokenizers do not make them one token."""
+        if not rows:
+            return False
+        words = (
+            word
+            for row in columns(rows, self.text_columns)
+            for text in row
+            for word in text.split()
+        )
+        return next(words, None) is not None and next(words, None) is not None
+
     def class_names(self, rows: Rows) -> list[str]:  # noqa: ARG002 - the same call for all tasks
         """No classes."""
         return []
 
     def tokens(self, rows: Rows, tokenizer: Tokenizer) -> Tensor:
         """The token ids of the rows' joined text: [tokens]."""
-        texts = ["\n\n".join(filter(None, fields)) for fields in columns(rows, self.text_columns)]
-        encoded = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)
-        return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+        return self.tokens_each([rows], tokenizer)[0]
+
+    def tokens_each(self, groups: Sequence[Rows], tokenizer: Tokenizer) -> list[Tensor]:
+        """As `tokens`, of several groups of rows in one call of the tokenizer."""
+        texts = [
+            "\n\n".join("\n\n".join(filter(None, row)) for row in columns(rows, self.text_columns))
+            for rows in groups
+        ]
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
+        return [torch.tensor(ids, dtype=torch.int64) for ids in encoded["input_ids"]]
 
     def blocks(self, tokens: Tensor, tokenizer: Tokenizer) -> Examples:
         """Cut [tokens] into examples; fewer than two tokens, with nothing to predict, are none."""

@@ -38,6 +38,15 @@ class Classification:
         if len(self.text_columns) not in {1, 2}:
             raise ValueError(f"{len(self.text_columns)} text columns; a classifier reads 1 or 2")
 
+    @property
+    def columns(self) -> tuple[str | int, ...]:
+        """The columns that it reads."""
+        return (*self.text_columns, self.label_column)
+
+    def surely_trains(self, rows: Rows) -> bool:
+        """Whether there is a row."""
+        return bool(rows)
+
     def class_names(self, rows: Rows) -> list[str]:
         """The different labels, sorted; by value if all are whole numbers.
 

@@ -10,6 +10,7 @@ import torch
 from fslora.data.causal_lm import CausalLM
 from fslora.data.classification import Classification
 from fslora.data.files import Rows
+from fslora.data.lazy import LazyExamples
 from fslora.data.partition import Indices, client_names, natural_column, partition
 from fslora.data.rows import column, column_name
 from fslora.data.tasks import Examples, Task, Tokenizer, pooled
@@ -21,7 +22,7 @@ class FederatedData:
 
     Attributes:
         names: the clients' names.
-        clients: the training examples of each client, never empty.
+        clients: the training examples of each client, never empty; tokenised when asked for.
         evaluation: the examples to judge by; no client trains on them.
         evaluation_groups: for each of them the position of the client whose distribution it is
             from, or -1 where there is none.
@@ -29,7 +30,7 @@ class FederatedData:
     """
 
     names: list[str]
-    clients: list[Examples]
+    clients: Sequence[Examples]
     evaluation: Examples
     evaluation_groups: list[int]
     labels: list[str]
@@ -90,12 +91,19 @@ def load_federated(
         kept, held_out = [keep for keep, _ in cut], [out for _, out in cut]
         shares = [(n, [rows[row] for row in out]) for n, out in enumerate(held_out) if len(out)]
     classes = task.class_names(rows)
-    encoded = []
-    for name, indices in zip(names, kept, strict=True):
-        own = [rows[row] for row in indices]
-        encoded.append(_not_empty(name, task.encode(own, tokenizer, classes) if own else None))
+    for name in task.columns:
+        column(rows, name)  # missing, it is missed now and not in mid-run
+
+    def encode(client: int) -> Examples:
+        own = [rows[row] for row in kept[client]]
+        return _not_empty(names[client], task.encode(own, tokenizer, classes) if own else None)
+
+    lazy = LazyExamples(len(names), encode)
+    for client, indices in enumerate(kept):
+        if not task.surely_trains([rows[row] for row in indices]):
+            _ = lazy[client]  # if it has nothing, that is said now
     evaluation, groups = _encode_evaluation(task, tokenizer, shares, classes)
-    return FederatedData(names, encoded, evaluation, groups, classes)
+    return FederatedData(names, lazy, evaluation, groups, classes)
 
 
 def validation_split(data: FederatedData, task: Task, key: int) -> FederatedData:
@@ -222,7 +230,8 @@ def _encode_evaluation(
     """The evaluation's examples, and the client position of each."""
     _refuse_empty_evaluation(sum(len(rows) for _, rows in shares))
     if isinstance(task, CausalLM):  # blocks do not run from one client into the next
-        encoded = [task.encode(rows, tokenizer, classes) for _, rows in shares]
+        tokens = task.tokens_each([rows for _, rows in shares], tokenizer)
+        encoded = [task.blocks(own, tokenizer) for own in tokens]
         tensors = {
             name: torch.cat([examples.tensors[name] for examples in encoded])
             for name in encoded[0].tensors

@@ -38,6 +38,15 @@ class Instruction:
         if self.max_length < 4:
             raise ValueError(f"max_length is {self.max_length}; an answer needs at least 4")
 
+    @property
+    def columns(self) -> tuple[str | int, ...]:
+        """The columns that it reads."""
+        return (*self.prompt_columns, self.response_column)
+
+    def surely_trains(self, rows: Rows) -> bool:
+        """Whether there is a row."""
+        return bool(rows)
+
     def class_names(self, rows: Rows) -> list[str]:  # noqa: ARG002 - the same call for all tasks
         """No classes."""
         return []

@@ -126,5 +126,7 @@ def _natural(clients: int, column: str, groups: Sequence[str] | None) -> list[Pa
             f"for at most {len(sizes)} clients"
         )
     largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:clients]
-    group_of = np.asarray(groups)
-    return [Part(name, np.flatnonzero(group_of == name)) for name in largest]
+    names, group_of = np.unique(np.asarray(groups), return_inverse=True)
+    order, ends = np.argsort(group_of, kind="stable"), np.cumsum(np.bincount(group_of))
+    rows_of = dict(zip(names.tolist(), np.split(order, ends[:-1]), strict=True))
+    return [Part(name, rows_of[name]) for name in largest]

@@ -82,16 +82,8 @@ class Evaluation:
     count: int
 
 
-class Task(Protocol):
-    """What a client trains on and how it is scored. Tasks are frozen and hold no data."""
-
-    def class_names(self, rows: Rows) -> list[str]:
-        """The classes that the rows name, in the order of their ids; empty without classes."""
-        ...
-
-    def encode(self, rows: Rows, tokenizer: Tokenizer, classes: Sequence[str]) -> Examples:
-        """Tokenise rows; `classes` says which class has which id."""
-        ...
+class Objective(Protocol):
+    """What training minimises."""
 
     def supervised(self, batch: Batch) -> Tensor:
         """How many tokens (or examples) the loss of this batch is a mean over: a scalar.
@@ -102,6 +94,27 @@ class Task(Protocol):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean loss over the supervised tokens (or examples) of a batch: a scalar, in nats."""
+        ...
+
+
+class Task(Objective, Protocol):
+    """What a client trains on and how it is scored. Tasks are frozen and hold no data."""
+
+    @property
+    def columns(self) -> tuple[str | int, ...]:
+        """The columns that it reads."""
+        ...
+
+    def surely_trains(self, rows: Rows) -> bool:
+        """Whether rows give an example, said without tokenising them; False is not to know."""
+        ...
+
+    def class_names(self, rows: Rows) -> list[str]:
+        """The classes that the rows name, in the order of their ids; empty without classes."""
+        ...
+
+    def encode(self, rows: Rows, tokenizer: Tokenizer, classes: Sequence[str]) -> Examples:
+        """Tokenise rows; `classes` says which class has which id."""
         ...
 
     def evaluate(self, model: nn.Module, examples: Examples, batch_size: int) -> Evaluation:

@@ -6,6 +6,7 @@ matplotlib, the extra `[report]`, is imported by `write_report` only.
 
 from pathlib import Path
 
+from fslora.disk import explained_errors, write_atomically
 from fslora.report.page import render_page
 from fslora.report.plots import draw_all
 from fslora.report.records import read_run
@@ -26,22 +27,14 @@ def write_report(run_folder: Path) -> Path:
 
     Raises:
         FileNotFoundError: `config.json` or `rounds.jsonl` is missing.
-        ValueError: one of them cannot be read, holds no round, or matplotlib is not installed.
+        ValueError: one of them cannot be read, holds no round, matplotlib is not installed, or
+            the folder cannot be written to.
     """
     run = read_run(run_folder)
     pictures = draw_all(run)
-    for name, png in pictures.items():
-        replace_file(run_folder / name, png)
     report = run_folder / "report.html"
-    replace_file(report, render_page(run, pictures).encode())
+    with explained_errors(run_folder):
+        for name, png in pictures.items():
+            write_atomically(run_folder / name, png)
+        write_atomically(report, render_page(run, pictures).encode())
     return report
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a reader never meets half of it."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ import json
 from html import escape
 from pathlib import Path
 
-from fslora.report import replace_file
+from fslora.disk import explained_errors, write_atomically
 from fslora.report.comparison_plots import draw_comparison, has_bands
 from fslora.report.comparison_tables import (
     Table,
@@ -33,16 +33,20 @@ def write_comparison(folder: Path) -> Path:
 
     Raises:
         FileNotFoundError: there is no `compare.json`.
-        ValueError: it cannot be read, or matplotlib is not installed.
+        ValueError: it cannot be read, matplotlib is not installed, or the folder cannot be
+            written to.
     """
     datasets = read_object(folder / "compare.json")["datasets"]
-    replace_file(folder / "compare.md", render_markdown(datasets).encode())
-    pictures = [draw_comparison(data) for data in datasets]
-    for place, drawn in enumerate(pictures):
-        for name, png in drawn.items():
-            replace_file(folder / (name if len(pictures) == 1 else f"{place + 1}-{name}"), png)
     report = folder / "report.html"
-    replace_file(report, render_comparison(datasets, pictures).encode())
+    with explained_errors(folder):
+        write_atomically(folder / "compare.md", render_markdown(datasets).encode())
+    pictures = [draw_comparison(data) for data in datasets]
+    with explained_errors(folder):
+        for place, drawn in enumerate(pictures):
+            number = "" if len(pictures) == 1 else f"{place + 1}-"
+            for name, png in drawn.items():
+                write_atomically(folder / f"{number}{name}", png)
+        write_atomically(report, render_comparison(datasets, pictures).encode())
     return report
 
 

@@ -51,6 +51,7 @@ from fslora.assignment import (
     client_task,
     common_rank,
     first_state,
+    gather_each,
     gather_rest,
     inverse_probabilities,
     task_key,
@@ -136,16 +137,17 @@ def fslora(
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
         rank = common_rank(state.adapters)
         sizes = {client_id: sketch_size(rank, ratios[client_id]) for client_id in cohort}
-        drawn = draw(state, sizes)
-        tasks = []
-        for client_id, size in sizes.items():
+        sketches, tasks = draw(state, sizes), []
+        for client_id, own in sketches.items():
             key, ratio = client_key(state, client_id), ratios[client_id]
-            sketches = upper_layers(drawn[client_id], key, reach, ratio, depth_min_probability)
+            sketches[client_id] = upper_layers(own, key, reach, ratio, depth_min_probability)
+        gathered = gather_each(state.adapters, sketches)
+        for client_id, size in sizes.items():
             redrawn = size if redraw == "step" and size < rank else 0
-            rule = replace(local, redrawn_ranks=redrawn)
-            task = client_task(state, client_id, sketches, rule)
+            rule, own = replace(local, redrawn_ranks=redrawn), sketches[client_id]
+            task = client_task(state, client_id, own, rule, gathered[client_id])
             if forward == "full":
-                tasks.append(replace(task, frozen=gather_rest(state.adapters, sketches)))
+                tasks.append(replace(task, frozen=gather_rest(state.adapters, own)))
             elif sampler == "importance" and size < rank:
                 tasks.append(replace(task, rank_scales=inverse_probabilities(task)))
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,9 @@ QUANTISED = (
     "peft.tuners.lora.torchao.TorchaoLoraLinear",
 )
 FUSED_CLASSES: dict[type, type] = {PeftLinear: SketchedLoRALinear}
+
+FusedLayers = Mapping[str, Any]
+"""Fused layers by module name, in the place of a model that is too large to walk through again."""
 
 
 def _fused_class(peft_class: type) -> type | None:
@@ -125,8 +129,10 @@ def unfuse(model: nn.Module) -> None:
             layer.__class__ = type(layer).__bases__[1]
 
 
-def fused_layers(model: nn.Module) -> dict[str, Any]:
-    """Return the fused layers by module name."""
+def fused_layers(model: nn.Module | FusedLayers) -> FusedLayers:
+    """Return the fused layers by module name; what this returned before is given back."""
+    if not isinstance(model, nn.Module):
+        return model
     return {n: m for n, m in model.named_modules() if isinstance(m, SketchedForward)}
 
 

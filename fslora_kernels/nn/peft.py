@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from fslora_kernels.nn.fuse import fuse, fused_layers
+from fslora_kernels.nn.fuse import FusedLayers, fuse, fused_layers
 from fslora_kernels.nn.linear import Restriction
 from fslora_kernels.sampling import draw_indices, sketch_size
 from fslora_kernels.weights import Adapters, LoRAWeights, check_devices, check_index, check_whole
@@ -133,7 +133,7 @@ def extract(
 
 
 def bind(
-    model: nn.Module,
+    model: nn.Module | FusedLayers,
     adapters: Adapters,
     *,
     adapter_name: str | None = None,
@@ -144,7 +144,7 @@ def bind(
     The layer's own parameters are not touched. Replaces what was bound or sketched before.
 
     Args:
-        model: a fused model.
+        model: a fused model, or its ``fused_layers``, which saves the walk through it.
         adapters: module name to ``[S, D]`` and ``[S, E]``, on the layer's device.
         adapter_name: the adapter that is replaced; default the active one.
         scale: of the delta, relative to the layer's own scaling; default rank / S, as a sketch
@@ -186,7 +186,7 @@ def _check_scales(scales: Mapping[str, Tensor], adapters: Adapters) -> None:
         check_devices(leaves.lora_a.device, f"the leaves of {name}", scale=given)
 
 
-def unbind(model: nn.Module) -> None:
+def unbind(model: nn.Module | FusedLayers) -> None:
     """Let every layer use its own full factors again (clears sketches too)."""
     _unrestrict(fused_layers(model))
 

@@ -1,6 +1,7 @@
 import torch
 
-from benchmarks.counting import AliveBytes, Operations, addresses, saved_storages
+from benchmarks.counting import Operations
+from fslora_kernels.memory import AliveBytes, addresses, saved_storages
 
 
 def test_operations_are_counted_and_views_are_not():

@@ -40,6 +40,14 @@ def test_help_imports_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_reader_that_has_read_enough_gets_no_traceback():
+    command = [sys.executable, "-m", "fslora", "compare", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # as `| head` does
+        assert process.stderr.read() == b""
+    assert process.returncode in (0, 141)
+
+
 def test_a_whole_run_prints_a_table_and_its_report(settings, capsys):
     assert main(["simulate", *flags(settings)]) == 0
     out = capsys.readouterr().out
@@ -128,7 +136,8 @@ def test_a_full_disk_is_one_clear_message_and_keeps_the_last_checkpoint(settings
 def test_an_unreadable_checkpoint_is_one_clear_message(settings, capsys):
     assert main(["simulate", *flags(settings, rounds=1)]) == 0
     out = checkpoint.Path(settings["out"])
-    (out / checkpoint.STATE_FILE).write_bytes(b"torn")
+    for name in (checkpoint.STATE_FILE, checkpoint.PREVIOUS_FILE):
+        (out / name).write_bytes(b"torn")
     kept = (out / checkpoint.RECORDS_FILE).read_bytes()
     capsys.readouterr()
     assert main(["simulate", f"--out={out}", "--rounds=3", "--resume"]) == 2

@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fslora import checkpoint
+from fslora import checkpoint, disk
 from fslora.__main__ import main
 from fslora.compare import runs as compare_runs
 from fslora.compare.command import compare, join
@@ -147,9 +147,7 @@ def test_different_data_under_one_seed_is_refused(track):
     paths = {}
     for name, clients in (("one", "a"), ("two", "b")):
         folder = Path(track.run.out) / name
-        checkpoint.write_json(
-            folder / "summary.json", {"split": {"clients": clients, "evaluation": "c"}}
-        )
+        disk.write_json(folder / "summary.json", {"split": {"clients": clients, "evaluation": "c"}})
         paths[name, 0] = replace(track.run, out=str(folder))
     with pytest.raises(ValueError, match="same seed but not the same data"):
         check_splits(paths)
@@ -339,7 +337,7 @@ def test_the_command_line_leaves_tables_and_a_page_and_joins_data_sets(track, ca
     }
     data = json.loads((folder / "compare.json").read_text())["datasets"][0]
     other = folder.with_name("other")
-    checkpoint.write_json(other / "compare.json", {"datasets": [{**data, "name": "second"}]})
+    disk.write_json(other / "compare.json", {"datasets": [{**data, "name": "second"}]})
     joined = folder.with_name("joined")
     assert main(["compare", "--join", f"{folder},{other}", "--out", str(joined)]) == 0
     text = (joined / "compare.md").read_text()
@@ -372,3 +370,12 @@ def test_help_teaches_and_imports_nothing_heavy():
         assert flag in text
     assert "--join" in text
     assert "--local-steps" in text, "the settings of simulate"
+
+
+def test_flags_alone_are_enough(track, capsys):
+    run = track.run
+    names = ("model", "data", "clients", "per_round", "rounds", "local_steps", "rank", "max_length")
+    flags = [f"--{name.replace('_', '-')}={getattr(run, name)}" for name in names]
+    flags += ["--strategies=zero-shot", "--seeds=0", f"--out={run.out}", "--partition=iid"]
+    assert main(["compare", *flags]) == 0
+    assert "report:" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Fleets: as text and as a file, dealt to clients by their shares; bad ones in one message."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from fslora.clock import check_memory, deal_devices
 from fslora.config import SimulateConfig
 from fslora.devices import COMPUTE, NETWORKS, Fleet, read_fleet
+from fslora.prepare import deal_ratios, dealt_devices
 from fslora.protocol import POOLED
 from fslora.settings import merged, read_settings
 from fslora.simulate import simulate
@@ -57,6 +59,9 @@ BAD = {
     "phone:poor=1.5,gpu:5g=-0.5": "share must be positive, got -0.5",
     "nothing.toml": "there is no file nothing.toml",
     "[1": "is not valid JSON",
+    '[{"compute":"gpu","network":"5g","share":1,"ratio":1.5}]': "ratio is at most 1",
+    '[{"compute":"gpu","network":"5g","share":0.5,"ratio":1},'
+    '{"compute":"phone","network":"5g","share":0.5}]': "its own ratio, or none",
 }
 BAD_TOML = {
     "x = [": "is not valid TOML",
@@ -64,7 +69,7 @@ BAD_TOML = {
     "device = 1": "one [[device]] table",
     "[[device]]\ncompute = 'phone'\nshare = 1": "lacks down_bits_per_second, up_bits",
     "[[device]]\ncompute = 'phone'\nnetwork = '5g'": "device phone:5g lacks share",
-    "[[device]]\ncompute = 'phone'\nnetwork = '5g'\nshare = 1\nwatts = 3": "has no 'watts'",
+    "[[device]]\ncompute = 'phone'\nnetwork = '5g'\nshare = 1\nvolts = 3": "has no 'volts'",
     "[[device]]\ncompute = 'phone'\nnetwork = '5g'\nshare = '1'": "share = '1' is not a number",
     "[[device]]\ncompute = 'phone'\nnetwork = '5g'\nshare = 1\njitter = -1": "jitter must not be",
     "[[device]]\ncompute = 'phone'\nnetwork = '5g'\nshare = 1\ndropout = 1": "dropout below 1",
@@ -110,3 +115,22 @@ def test_a_fleet_from_a_file_is_kept_whole(settings, tmp_path):
     path.write_text("[[device]]\ncompute = 'gpu'\nnetwork = 'silo'\nshare = 1\n")
     with pytest.raises(ValueError, match="started otherwise: --devices"):
         simulate(replace(config, resume=True))
+
+
+def test_clients_of_a_device_with_a_ratio_of_its_own_have_it(settings):
+    both = {"network": "5g", "share": 0.5}
+    tables = [{"compute": "gpu", **both, "ratio": 0.25}, {"compute": "phone", **both, "ratio": 1.0}]
+    config = SimulateConfig(**{**settings, "ratios": "1/8,1/4,1/2", "devices": json.dumps(tables)})
+    assert config.ratio_values == (0.25, 1.0)
+    names = [f"author {n}" for n in range(6)]
+    ratios = dict(zip(names, deal_ratios(config, names).values(), strict=True))
+    dealt = dealt_devices(config, config.fleet, ratios)
+    assert ratios == {name: dealt[name].ratio for name in names}
+    assert sorted(ratios.values()) == [0.25] * 3 + [1.0] * 3
+    # Whoever has the phone here has it in a run at one ratio too: plans differ by ratios alone.
+    alike = [{**table, "ratio": 0.0} for table in tables]
+    uniform = replace(config, ratios="1/2", devices=json.dumps(alike))
+    same = dealt_devices(uniform, uniform.fleet, dict.fromkeys(names, 0.5))
+    assert {name: dealt[name].name for name in names} == {name: same[name].name for name in names}
+    with pytest.raises(ValueError, match="leave out --ratios 1/2"):
+        replace(config, ratios="1/2")

@@ -5,11 +5,11 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,12 +275,13 @@ def test_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
     write_run(tmp_path, rounds=[round_record(0)])
     (tmp_path / "report.html").write_text("old")
 
-    def full_disk(path, content):
-        path.touch()
-        raise OSError("no space left on device")
+    def full_disk(_):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(
+        ValueError, match="No space left on device; what was there before is intact"
+    ):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_text() == "old"
     assert not list(tmp_path.glob(".*"))

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fslora import checkpoint
+from fslora import checkpoint, server
 from fslora.config import SimulateConfig
 from fslora.prepare import prepare
 from fslora.server import DivergedError, NoUsableUpdateError
@@ -38,6 +38,8 @@ def test_a_run_leaves_what_the_readme_says(settings):
     summary = simulate(config, Watcher(on_round=lambda record: seen.append(record.round)))
     folder = Path(config.out)
     assert sorted(os.listdir(folder)) == [
+        ".lock",
+        ".lock.owner",
         "adapter",
         "checkpoint",
         "config.json",
@@ -164,13 +166,13 @@ def test_a_hopeless_round_stops_the_run_and_keeps_what_was_done(settings):
             poison["on"] = True
 
     poison = {"on": False}
-    original = torch.isfinite
+    right = server.rejection
     try:
-        torch.isfinite = lambda t: original(t) & (not poison["on"])
+        server.rejection = lambda *given: "poisoned" if poison["on"] else right(*given)
         with pytest.raises(NoUsableUpdateError, match="round 2: no client's update"):
             simulate(config, Watcher(on_round=fail_later))
     finally:
-        torch.isfinite = original
+        server.rejection = right
     assert [row["round"] for row in records(config.out)] == [0, 1]
     assert (Path(config.out) / "adapter/adapter_model.safetensors").is_file()
     simulate(replace(config, resume=True))

@@ -1,0 +1,1 @@
+"""Predictions of FSLoRA's theory as experiments that could refute them (docs/math.md)."""

@@ -1,0 +1,161 @@
+"""``python -m benchmarks theory``: every prediction of docs/math.md, with a verdict and a picture.
+
+The rule of each verdict is printed before anything is run. The toy is quadratic, in float64; the
+real models are stories260K on Shakespeare's speakers and a two-layer MiniLM on SST-2, each through
+the simulator's own rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from time import process_time
+
+import torch
+
+from benchmarks.theory import floor, models, moments, rounds, steps
+from benchmarks.theory.effort import FULL, QUICK, Effort
+from benchmarks.theory.pictures import draw
+from benchmarks.theory.toy import toy
+from benchmarks.theory.verdicts import Claim, Finding
+from benchmarks.timing import append_record, provenance
+
+CLAIMS: tuple[Claim, ...] = (*moments.CLAIMS, *steps.CLAIMS, *rounds.CLAIMS, *floor.CLAIMS)
+PARTS = ("P1", "P2", "P3", "P4", "P5", "P6")
+
+
+def on_toy(effort: Effort, parts: Sequence[str]) -> Iterator[Finding]:
+    """Run the toy's experiments."""
+    if "P1" in parts:
+        yield from moments.sampling(effort.draws)
+        yield from moments.gradient(toy(0), effort.gradients, 10, 0.05)
+    if "P2" in parts:
+        worlds = [toy(seed) for seed in range(effort.seeds)]
+        yield from steps.stable_steps(worlds, 2**-10, 4, effort.halvings, effort.toy_rounds // 6)
+    if "P3" in parts:
+        seeds = range(effort.seeds)
+        yield from rounds.noise_level(seeds, 0.5, 0.002, effort.toy_rounds)
+        worlds = [toy(seed, clients=6, steps=2, noise=0.5, spread=0.0) for seed in seeds]
+        yield from rounds.against_ratios(
+            worlds, rounds.to_loss(0.35), _grid(0.32, effort.toy_steps), effort.toy_rounds * 2
+        )
+    if "P4" in parts:
+        yield from moments.averages(toy(0), 1 / 4, (1, 2, 4, 8), effort.gradients, 10, 0.02)
+        grid = ((2, 2), (4, 2), (8, 2), (2, 5), (4, 5), (8, 5))
+        yield from rounds.speedup(
+            range(effort.seeds),
+            grid,
+            0.5,
+            0.35,
+            _grid(0.16, effort.toy_steps),
+            effort.toy_rounds * 3,
+        )
+    if "P5" in parts:
+        yield from floor.floor(0, effort.toy_rounds * 2)
+    if "P6" in parts:
+        worlds = [toy(seed, steps=2) for seed in range(effort.seeds)]
+        yield from floor.order(
+            worlds, (1 / 8, 1 / 4, 1 / 2, 1.0), 0.02, _grid(0.32, 3, 2.0), effort.toy_rounds // 3
+        )
+
+
+def on_model(name: str, effort: Effort, parts: Sequence[str]) -> Iterator[Finding]:
+    """Run a model's experiments; MiniLM, whose steps are dearest, has P1, P2 and P4."""
+    worlds = [
+        models.model_world(name, seed)
+        for seed in range(effort.seeds if name == models.STORIES else 2)
+    ]
+    if "P1" in parts:
+        yield from moments.gradient(worlds[0], effort.gradients // 5, 4, 0.05)
+    if "P4" in parts:
+        yield from moments.averages(worlds[0], 1 / 4, (1, 2, 3, 4, 6), effort.updates, 4, 0.02)
+    if "P2" in parts:
+        yield from steps.stable_steps(
+            worlds[:2], 2**-9, 8, effort.halvings, effort.model_rounds // 6
+        )
+    if name != models.STORIES:
+        return
+    if "P5" in parts:
+        yield from floor.forwards(worlds, 5e-3, effort.model_rounds // 2)
+    if "P3" in parts:
+        for optimizer, grid in (("adamw", (1e-2, 2e-2)), ("sgd", (0.125, 0.25, 0.5))):
+            yield from rounds.against_ratios(
+                worlds,
+                rounds.to_loss(models.TARGET, optimizer),
+                grid,
+                effort.model_rounds,
+                f"{name}, {optimizer}",
+            )
+    if "P6" in parts:
+        yield from floor.order(
+            worlds, rounds.MIX, models.TARGET, (1e-2, 2e-2), effort.model_rounds, "adamw"
+        )
+
+
+def _grid(top: float, count: int, factor: float = 1.6) -> list[float]:
+    return [top / factor**place for place in range(count)]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks theory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="the toy alone, fewer seeds")
+    parser.add_argument("--only", default=",".join(PARTS), help="such as P1,P4")
+    parser.add_argument("--settings", default="toy,stories,minilm", help="which of these")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/theory"), help="folder; findings are added to it"
+    )
+    chosen = parser.parse_args(arguments)
+    parts, wanted = chosen.only.split(","), chosen.settings.split(",")
+    if unknown := {*parts} - {*PARTS} | {*wanted} - {"toy", "stories", "minilm"}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    torch.set_num_threads(1)
+    effort = QUICK if chosen.quick else FULL
+    runs = [on_toy(effort, parts)] if "toy" in wanted else []
+    if not chosen.quick:
+        for word, name in (("stories", models.STORIES), ("minilm", models.MINILM)):
+            runs += [on_model(name, effort, parts)] if word in wanted else []
+    return report(runs, parts, chosen.out, effort)
+
+
+def report(
+    runs: Sequence[Iterator[Finding]], parts: Sequence[str], out: Path, effort: Effort
+) -> int:
+    """Print rules, then findings as they come; keep them and draw them."""
+    print("the rules, before the data\n")
+    for claim in CLAIMS:
+        if claim.name[:2] in parts:
+            print(f"  {claim.name:<4} {claim.text}\n       {claim.rule}")
+    print()
+    record, file = (
+        {"benchmark": "theory", **provenance(), **effort.to_json()},
+        out / "findings.jsonl",
+    )
+    start = process_time()
+    for run in runs:
+        for finding in run:
+            print(f"{finding.claim.name} on {finding.setting}: {finding.verdict.upper()}")
+            print(f"  predicted {finding.predicted}\n  measured  {finding.measured}", flush=True)
+            seconds = process_time() - start
+            append_record(file, {**record, "cpu_seconds": seconds, **finding.to_json()})
+    for path in draw(read(file), out):
+        print(f"drawn: {path}")
+    return 0
+
+
+def read(file: Path) -> list[Finding]:
+    """Read the latest finding of each claim and setting."""
+    latest = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        found = json.loads(line)
+        claim = Claim(**found["claim"])
+        words = (found[key] for key in ("setting", "predicted", "measured", "verdict", "data"))
+        finding = Finding(claim, *words)
+        latest[claim.name, finding.setting] = finding
+    return list(latest.values())

@@ -1,0 +1,101 @@
+"""The real models as worlds, through the simulator's own preparation and ``LocalTrainer``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from benchmarks.theory.worlds import World
+from fslora import evaluation
+from fslora.client import LocalTrainer
+from fslora.config import SimulateConfig
+from fslora.models import take_state
+from fslora.prepare import examples_of, prepare
+from fslora.protocol import LocalRule, ServerState
+
+CLIENTS, RANK = 6, 16
+TARGET = 3.65  # nats: stories260K begins at about 4.3
+STORIES, MINILM = "stories260K", "MiniLM, 2 layers"
+
+
+def shared_folder() -> Path:
+    """Return the folder of the models and texts.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    beside = Path(__file__).resolve().parents[3] / "shared"
+    folder = Path(os.environ.get("FSLORA_SHARED", beside)) / "data"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"the real models are looked for in {folder}, which is absent: point FSLORA_SHARED at "
+            "its parent, or leave them out by --quick"
+        )
+    return folder
+
+
+def settings(name: str, seed: int) -> SimulateConfig:
+    """Return the run that a world is prepared from."""
+    data = shared_folder()
+    common: dict[str, Any] = {
+        "clients": CLIENTS,
+        "per_round": CLIENTS,
+        "rank": RANK,
+        "alpha": float(RANK),
+        "batch_size": 4,
+        "max_length": 32,
+        "threads": 1,
+        "device": "cpu",
+        "ratios": "1",
+        "seed": seed,
+    }
+    if name == STORIES:
+        return SimulateConfig(
+            model=str(data / "models/stories260K-hf"),
+            data=str(data / "tinyshakespeare/input.txt.gz"),
+            reader="play",
+            partition="natural:speaker",
+            target_modules="q_proj,v_proj",
+            eval_examples=64,
+            **common,
+        )
+    return SimulateConfig(
+        model=str(data / "models/all-MiniLM-L6-v2-fp16"),
+        layers=2,
+        data=str(data / "glue/SST-2/train.tsv.gz"),
+        eval_data=str(data / "glue/SST-2/dev.tsv.gz"),
+        task="classification",
+        text_column="sentence",
+        target_modules="query,value",
+        eval_examples=64,
+        **common,
+    )
+
+
+def model_world(name: str, seed: int) -> World:
+    """Load a model with a fresh adapter, its data dealt to clients.
+
+    Args:
+        name: STORIES or MINILM.
+        seed: of the partition, the adapter and the head.
+
+    Returns:
+        Its loss is that of held-out text, in nats; clients take two SGD steps of four examples.
+    """
+    config = settings(name, seed)
+    run = prepare(config)
+    first = run.strategy.init(*take_state(run.model), seed)
+
+    def loss(state: ServerState) -> float:
+        return evaluation.evaluate(run.model, state, run.task, run.data.evaluation, 48).loss
+
+    return World(
+        name,
+        seed,
+        tuple(run.data.names),
+        first,
+        LocalTrainer(run.model, run.task, examples_of(run)),
+        loss,
+        LocalRule(optimizer="sgd", lr=0.1, steps=2, batch_size=config.batch_size),
+    )

@@ -1,0 +1,97 @@
+"""Pilot runs: short simulations at uniform ratios and at a mixture, with seeds of their own."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fslora import checkpoint
+from fslora.config import SimulateConfig, Target
+from fslora.plan.bound import Curve
+from fslora.plan.settings import PlanConfig
+from fslora.server import RoundRecord
+from fslora.simulate import Watcher, checked_folder, simulate
+from fslora_kernels.seeds import fold_in
+
+
+class _ReachedError(Exception):
+    """Ends a run that has reached what it was for."""
+
+
+def pilots_of(config: PlanConfig) -> list[SimulateConfig]:
+    """The pilot runs of a plan: no devices, so that one set serves every fleet."""
+    run, sizes = config.run, config.pilot_sizes
+    folder = Path(config.pilots or Path(run.out) / "pilots")
+    mixtures = [(size,) for size in sizes] + [(sizes[0], sizes[-1])]
+    return [
+        replace(
+            run,
+            devices="",
+            deadline=0.0,
+            over_select=1.0,
+            targets="",
+            eval_every=1,
+            eval_sketched=False,
+            ratios=",".join(repr(size / run.rank) for size in mixture),
+            rounds=config.pilot_rounds or run.rounds,
+            seed=fold_in(run.seed, "pilot", number),
+            out=str(folder / f"{number}-{'-'.join(map(str, mixture))}"),
+            resume=False,
+        )
+        for number in range(config.pilot_seeds)
+        for mixture in mixtures
+    ]
+
+
+def run_to(config: SimulateConfig, target: Target) -> list[dict[str, Any]]:
+    """Run or continue a simulation until it reaches a target or its last round.
+
+    Returns:
+        Its records, up to the first evaluated round at the target.
+
+    Raises:
+        StoppedRunError: it diverged.
+        ValueError: the folder holds another run.
+    """
+    folder = Path(config.out)
+    config = checked_folder(replace(config, resume=(folder / "config.json").is_file()))
+    begun = (folder / checkpoint.RECORDS_FILE).is_file()
+    records = checkpoint.read_records(folder) if begun else []
+
+    def watch(record: RoundRecord) -> None:
+        if reached(record.to_json(), target):
+            raise _ReachedError
+
+    done = any(reached(record, target) for record in records)
+    if not done and len(records) <= config.rounds:
+        with suppress(_ReachedError):
+            simulate(config, Watcher(on_round=watch))
+        records = checkpoint.read_records(folder)
+    last = next((n for n, record in enumerate(records) if reached(record, target)), len(records))
+    return records[: last + 1]
+
+
+def reached(record: dict[str, Any], target: Target) -> bool:
+    """Whether an evaluation is at the target or beyond."""
+    value = record[f"eval_{target.figure}"]
+    if not isinstance(value, float):
+        return False
+    return value <= target.value if target.figure == "loss" else value >= target.value
+
+
+def curve_of(config: SimulateConfig, target: Target) -> Curve:
+    """Run a pilot and return its curve."""
+    records = run_to(config, target)
+    used = [
+        client["ratio"]
+        for record in records
+        for client in record["clients"]
+        if client["rejected"] is None
+    ]
+    ratios, counts = np.unique(np.array(used), return_counts=True)
+    values = [record[f"eval_{target.figure}"] for record in records]
+    return Curve(ratios, counts / counts.sum(), np.array(values, dtype=np.float64))

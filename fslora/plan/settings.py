@@ -1,0 +1,130 @@
+"""What a plan is made from: the run's own settings, the goal, the limits, the pilots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from fslora.config import SimulateConfig, Target
+from fslora.devices import Fleet
+from fslora_kernels.sampling import sketch_size
+
+DEFAULT_OUT = "runs/plan"
+Goal = Literal["time", "bytes", "energy"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanConfig:
+    """Choose each class's sketch ratio, so that a target costs the least time, bytes or energy.
+
+    Takes the flags of `fslora simulate`; --devices and one --targets are needed. Writes
+    OUT/plan.toml, which `fslora simulate --config` takes, OUT/plan.json and OUT/plan.png. Pilot
+    runs go to OUT/pilots and are not repeated by the same command.
+
+    Attributes:
+        run: what is planned.
+        goal: what to spend least of until the target is reached: time (simulated), bytes (both
+            ways, all clients) or energy (of the devices; each needs its watts).
+        traffic_mb: megabytes that a client may move in one round, both ways; 0 is no limit.
+        pilot_ratios: uniform ratios of the pilots, comma-separated; one more pilot mixes the
+            lowest with the highest.
+        pilot_rounds: rounds of a pilot that does not reach the target before; 0 takes --rounds.
+        pilot_seeds: pilots of each kind, each with a seed that the planned run does not use.
+        pilots: folder of the pilots, to share them between plans; default OUT/pilots.
+    """
+
+    run: SimulateConfig
+    goal: Goal = "time"
+    traffic_mb: float = 0.0
+    pilot_ratios: str = "1/8,1/4,1"
+    pilot_rounds: int = 0
+    pilot_seeds: int = 1
+    pilots: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, each by its flag."""
+        if self.run.strategy != "fslora":
+            raise ValueError(
+                f"--strategy {self.run.strategy}: the bound that plans are made by is FSLoRA's"
+            )
+        for name, planned in (("redraw", "round"), ("depth", "all")):
+            if getattr(self.run, name) != planned:
+                raise ValueError(
+                    f"--{name} {getattr(self.run, name)}: a plan counts rounds with --{name} "
+                    f"{planned} only; leave it out"
+                )
+        for name, low in (("traffic_mb", 0), ("pilot_rounds", 0), ("pilot_seeds", 1)):
+            if not getattr(self, name) >= low:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {low}")
+        if len(self.pilot_sizes) < 2:
+            raise ValueError(
+                f"--pilot-ratios {self.pilot_ratios} are {len(self.pilot_sizes)} different size of "
+                f"sketch at --rank {self.run.rank}; a dependence needs two"
+            )
+        _ = self.fleet, self.target
+        unknown = [device.name for device in self.fleet.devices if not device.watts]
+        if self.goal == "energy" and unknown:
+            raise ValueError(f"--goal energy: give {', '.join(unknown)} its watts in --devices")
+
+    @property
+    def fleet(self) -> Fleet:
+        """The devices to plan for."""
+        if self.run.fleet is None:
+            raise ValueError("name the devices to plan for: --devices devices.toml")
+        return self.run.fleet
+
+    @property
+    def target(self) -> Target:
+        """What is to be reached."""
+        if len(self.run.target_values) != 1:
+            raise ValueError(
+                "name one target, such as --targets loss:3.2 or --targets 0.8; a plan is the "
+                "cheapest way to it"
+            )
+        return self.run.target_values[0]
+
+    @property
+    def pilot_sizes(self) -> tuple[int, ...]:
+        """S of the uniform pilots, ascending."""
+        try:
+            ratios = [float(Fraction(part.strip())) for part in self.pilot_ratios.split(",")]
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f"--pilot-ratios {self.pilot_ratios!r} are no numbers") from None
+        return tuple(sorted({sketch_size(self.run.rank, ratio) for ratio in ratios}))
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeConfig:
+    """Measure the machine that this runs on, and write it as a [[device]] table for --devices.
+
+    Times real local steps of the run that the flags describe, and looks at the free memory. What
+    it cannot see from here are the network and the watts: give them.
+
+    Attributes:
+        run: what is to be trained; of its ratios the first is timed.
+        name: of the class.
+        share: of the clients that have such a machine.
+        down_mbit: megabits a second, server to client.
+        up_mbit: megabits a second, client to server.
+        rtt_ms: milliseconds of a round trip.
+        watts: drawn while it takes part; 0 where nobody knows.
+        seconds: how long to measure.
+        table: TOML file that the table is appended to.
+    """
+
+    run: SimulateConfig
+    name: str = "this-machine"
+    share: float = 1.0
+    down_mbit: float = 60.0
+    up_mbit: float = 10.0
+    rtt_ms: float = 28.0
+    watts: float = 0.0
+    seconds: float = 10.0
+    table: str = "devices.toml"
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, each by its flag."""
+        for name in ("share", "down_mbit", "up_mbit", "seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive")

@@ -1,0 +1,31 @@
+import json
+
+import pytest
+import torch
+
+from benchmarks import scale
+
+CELL = {"clients": 12, "per_round": 3, "rank": 4, "layers": 1, "rounds": 3}
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_cell_says_where_its_time_goes(capsys):
+    assert scale.main(["--cell", json.dumps(CELL)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["modules"] == 7
+    assert len(found["rounds"]) == CELL["rounds"], "the evaluated round is left out"
+    for parts in found["rounds"]:
+        assert parts[scale.ORCHESTRATION] > parts["checkpoint and record"] > 0
+        assert parts[scale.STEPS] > 0
+        assert scale.EVALUATION not in parts
+    assert found["rss_mb"] > 50
+    assert found["start_s"] > 0
+    assert scale.unit_ms(found) > 0
+    assert scale.line(found).split()[:4] == ["12", "3", "4", "3"]
+    assert any("local steps" in text for text in scale.parts_of(found))

@@ -1,0 +1,181 @@
+"""The costs that a plan goes by, the two commands, and a run of what was planned."""
+
+import json
+import re
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fslora import checkpoint
+from fslora.__main__ import main
+from fslora.client import LocalTrainer, download_bytes, upload_bytes
+from fslora.clock import step_counter
+from fslora.config import SimulateConfig
+from fslora.devices import read_fleet
+from fslora.models import take_state
+from fslora.plan.costs import count_costs, round_bytes
+from fslora.plan.pilots import pilots_of
+from fslora.plan.settings import PlanConfig
+from fslora.prepare import make_strategy, prepare
+
+from .test_cli import flags
+
+FLEET = """
+[[device]]
+name = "far phone"
+share = 0.5
+flops_per_second = 1e6
+memory_bytes = 1e9
+down_bits_per_second = 1e4
+up_bits_per_second = 1e3
+rtt_seconds = 0.1
+watts = 3.0
+
+[[device]]
+name = "server"
+share = 0.5
+flops_per_second = 1e9
+memory_bytes = 1e9
+down_bits_per_second = 1e9
+up_bits_per_second = 1e9
+rtt_seconds = 0.0
+watts = 300.0
+"""
+
+
+@pytest.fixture
+def asked(settings, tmp_path):
+    """Settings of a plan that takes a few seconds."""
+    fleet = tmp_path / "devices.toml"
+    fleet.write_text(FLEET)
+    more = {"devices": str(fleet), "targets": "loss:5.46", "rounds": 12, "lr": 3e-2}
+    return {**settings, **more, "batch_size": 4, "out": str(tmp_path / "plan")}
+
+
+@pytest.mark.parametrize("forward", ["sketched", "full"])
+def test_two_counted_rounds_give_every_size(settings, forward):
+    config = SimulateConfig(**settings, forward=forward)
+    run = prepare(config)
+    costs = count_costs(run)
+    strategy = make_strategy(config, {"c": 1.0})
+    state = strategy.init(*take_state(run.model), 0)
+    trainer = LocalTrainer(run.model, run.task, {"c": run.data.clients[0]})
+    flops = step_counter(trainer, run.data.evaluation)
+    for size in (1, 2, 5, 8):
+        (task,) = make_strategy(config, {"c": size / 8}).assign(state, ["c"])
+        assert costs.flops(size) == pytest.approx(config.local_steps * flops(task))
+        assert costs.down_bytes(size) == pytest.approx(sum(download_bytes(task)))
+        assert costs.up_bytes(size) == pytest.approx(sum(upload_bytes(task)))
+        assert costs.memory_bytes(size) == pytest.approx(round_bytes(trainer, task), rel=0.05)
+    weights = sum(p.nbytes for n, p in run.model.named_parameters() if ".lora_" not in n)
+    assert costs.weight_bytes == weights < costs.memory_bytes_of_one(1) < costs.memory_bytes(1)
+    assert costs.layers == 2
+    if forward == "sketched":  # the task's copy, the leaf, two moments, and their gradient in part
+        assert costs.memory_bytes.each > 4.1 * costs.up_bytes.each
+
+
+def test_a_plan_is_made_kept_and_simulated(asked, tmp_path, capsys):
+    given = flags(asked, pilot_ratios="1/8,1")
+    assert main(["plan", *given]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "far phone" in shown
+    assert "what keeps it from a larger sketch is the goal: a rank more costs +" in shown
+    out = Path(asked["out"])
+    plan = tomllib.loads((out / "plan.toml").read_text())
+    ratio = {table["name"]: table["ratio"] for table in plan["devices"]}
+    assert ratio["far phone"] < ratio["server"], "the slow line gets the smaller sketch"
+    found = json.loads((out / "plan.json").read_text())
+    assert found["planned"]["seconds"] <= found["best_uniform"]["seconds"]
+    assert (out / "plan.png").read_bytes().startswith(b"\x89PNG")
+    first = (out / "plan.toml").read_text()
+    pilots = {path: path.stat().st_mtime for path in out.glob("pilots/*/rounds.jsonl")}
+    assert len(pilots) == 3
+    assert main(["plan", *given]) == 0
+    assert (out / "plan.toml").read_text() == first
+    assert {path: path.stat().st_mtime for path in pilots} == pilots, "no pilot was repeated"
+    assert main(["plan", *given, "--lr=1e-3"]) == 2, "the pilots are of another learning rate"
+    assert "was started otherwise: --lr 0.001 (was 0.03)" in capsys.readouterr().err
+    planned = tmp_path / "planned"
+    assert main(["simulate", "--config", str(out / "plan.toml"), f"--out={planned}"]) == 0
+    clients = [c for row in checkpoint.read_records(planned) for c in row["clients"]]
+    assert {c["device"]: c["ratio"] for c in clients} == ratio
+    for device in found["classes"]:
+        own = [c for c in clients if c["device"] == device["device"]]
+        for name in ("compute_seconds", "seconds"):
+            wanted = [device[name]] * len(own)
+            assert [client[f"sim_{name}"] for client in own] == pytest.approx(wanted)
+        assert {client["bytes_up"] for client in own} == {device["bytes_up"]}
+    resumed = ["simulate", "--config", str(out / "plan.toml"), f"--out={planned}", "--resume"]
+    assert main(resumed) == 0
+
+
+def test_pilots_share_nothing_with_the_run(asked):
+    config = PlanConfig(run=SimulateConfig(**asked), pilot_seeds=2)
+    pilots = pilots_of(config)
+    assert len(pilots) == 8
+    assert len({pilot.seed for pilot in pilots}) == 2
+    assert config.run.seed not in {pilot.seed for pilot in pilots}
+    assert {pilot.devices for pilot in pilots} == {""}
+    assert [pilot.ratios for pilot in pilots[:4]] == ["0.125", "0.25", "1.0", "0.125,1.0"]
+
+
+def test_a_fleet_that_cannot_hold_the_base_is_refused_before_any_pilot(asked, capsys):
+    path = Path(asked["devices"])
+    path.write_text(FLEET.replace("memory_bytes = 1e9", "memory_bytes = 1e4", 1))
+    assert main(["plan", *flags(asked)]) == 2
+    error = capsys.readouterr().err
+    assert "far phone: it has 10.0 kB of memory and its frozen base alone takes" in error
+    assert "nearest change" in error
+    assert "server" not in error
+    assert not (Path(asked["out"]) / "pilots").exists()
+
+
+BAD = {
+    "devices": ({"devices": ""}, "name the devices to plan for"),
+    "target": ({"targets": ""}, "name one target"),
+    "targets": ({"targets": "0.5,0.6"}, "name one target"),
+    "strategy": ({"strategy": "fedit"}, "the bound that plans are made by is FSLoRA's"),
+    "redraw": ({"redraw": "step", "forward": "full"}, "counts rounds with --redraw round only"),
+    "pilots": ({"pilot_ratios": "1/8,1/9"}, "1 different size of sketch"),
+    "watts": ({"goal": "energy", "devices": "gpu:5g"}, "give gpu:5g its watts"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_plans_are_refused_by_their_flag(asked, what):
+    changes, message = BAD[what]
+    own = {name: value for name, value in changes.items() if name in ("pilot_ratios", "goal")}
+    run = SimulateConfig(**{**asked, **{n: v for n, v in changes.items() if n not in own}})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PlanConfig(run=run, **own)
+
+
+def test_a_plan_takes_a_file_of_settings_and_flags_over_it(asked, tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    lines = [
+        f"{name} = {value!r}" for name, value in asked.items() if name not in ("devices", "out")
+    ]
+    path.write_text("\n".join([*lines, "rslora = true", "header = false"]))
+    out = f"--out={tmp_path / 'plan'}"
+    given = ["plan", f"--config={path}", f"--devices={asked['devices']}", "--deadline=1e-3", out]
+    assert main(given) == 2
+    assert "far phone: a round at S = 1 takes" in capsys.readouterr().err
+
+
+def test_a_probe_writes_a_device_that_a_fleet_takes(settings, tmp_path, capsys):
+    table = tmp_path / "devices.toml"
+    probing = flags(settings, name="mine", table=table, seconds=0.01, up_mbit=5, share=0.5)
+    assert main(["probe", *probing]) == 0
+    assert "Gflop/s" in capsys.readouterr().out
+    assert (
+        main(["probe", *flags(settings, name="other", table=table, seconds=0.01, share=0.5)]) == 0
+    )
+    mine, other = read_fleet(str(table)).devices
+    assert (mine.name, mine.share, mine.up_bits_per_second) == ("mine", 0.5, 5e6)
+    assert 1e5 < mine.flops_per_second < 1e13
+    assert 1e7 < mine.memory_bytes < 1e13
+    assert main(["probe", *probing]) == 2
+    assert "has a device mine already" in capsys.readouterr().err
+    assert replace(other, name="mine").share == 0.5
