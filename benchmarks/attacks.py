@@ -66,7 +66,10 @@ def main(arguments: Sequence[str]) -> int:
         deal(glue / "train.tsv.gz", Path(folder))
         for seed in chosen.seeds:
             done = {_cell(line) for line in read(runs)}
-            cells = [(seed, attack, rule) for attack in chosen.attacks for rule in chosen.rules]
+            strength = chosen.strength
+            cells = [
+                (seed, attack, strength, rule) for attack in chosen.attacks for rule in chosen.rules
+            ]
             missing = [cell for cell in cells if cell not in done]
             if not missing:
                 continue
@@ -95,9 +98,11 @@ def main(arguments: Sequence[str]) -> int:
             run = prepare(config)
             begun = score(run, start)
             print(f"seed {seed}: begins at {begun.metric:.4f}", flush=True)
-            for _, attack, rule in missing:
-                facts = {"seed": seed, "attack": attack, "rule": rule, "begun": begun.metric}
-                outcome = outcome_of(run, replace(config, attack=attack, robust=rule), start)
+            for _, attack, _, rule in missing:
+                facts = {"seed": seed, "attack": attack, "strength": strength, "rule": rule}
+                facts["begun"] = begun.metric
+                changed = replace(config, attack=attack, attack_strength=strength, robust=rule)
+                outcome = outcome_of(run, changed, start)
                 print({**facts, **outcome}, flush=True)
                 schedule = {n: getattr(chosen, n) for n in SCHEDULE}
                 append_record(runs, {**facts, **outcome, **schedule, **provenance()})
@@ -107,6 +112,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+STRENGTH = ("sign-flip", "scale", "noise")
 SCHEDULE = ("rounds", "local_steps", "batch_size", "lr", "warm_loss")
 
 
@@ -124,6 +130,7 @@ def _flags() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--warm-loss", type=float, default=0.6, help="until which it trains alone")
     parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--strength", type=float, default=10.0, help="of the attacks that have one")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser
 
@@ -212,8 +219,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _cell(line: dict[str, Any]) -> tuple[int, str, str]:
-    return line["seed"], line["attack"], line["rule"]
+def _cell(line: dict[str, Any]) -> tuple[int, str, float, str]:
+    return line["seed"], line["attack"], line["strength"], line["rule"]
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
@@ -222,7 +229,8 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     "ok" is within ``BAND`` of the clean run without a rule, seed by seed.
     """
     found = {_cell(line): line["metric"] for line in lines}
-    seeds = sorted({seed for seed, _, _ in found})
+    seeds = sorted({line["seed"] for line in lines})
+    clean = [found.get((seed, "none", 10.0, "none"), math.inf) for seed in seeds]
     begun = {line["seed"]: f"{line['begun']:.3f}" for line in lines}
     rows = [
         f"The server alone comes to {', '.join(begun[seed] for seed in seeds)} "
@@ -231,16 +239,17 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         "| attack | " + " | ".join(get_args(Robust)) + " |",
         "|---" * (1 + len(get_args(Robust))) + "|",
     ]
-    for attack in get_args(Attack):
+    for attack, strength in dict.fromkeys((line["attack"], line["strength"]) for line in lines):
         cells = []
         for rule in get_args(Robust):
-            own = [found[seed, attack, rule] for seed in seeds if (seed, attack, rule) in found]
-            if len(own) < len(seeds):
+            own = [found.get((seed, attack, strength, rule)) for seed in seeds]
+            known = [one for one in own if one is not None]
+            if len(known) < len(seeds):
                 cells.append("–")
                 continue
-            clean = [found.get((seed, "none", "none"), math.inf) for seed in seeds]
-            ok = all(one >= best - BAND for one, best in zip(own, clean, strict=True))
-            each = ", ".join(f"{one:.3f}" for one in own)
-            cells.append(f"{statistics.mean(own):.3f} ({each}){' ok' if ok else ''}")
-        rows.append(f"| {attack} | " + " | ".join(cells) + " |")
+            ok = all(one >= best - BAND for one, best in zip(known, clean, strict=True))
+            each = ", ".join(f"{one:.3f}" for one in known)
+            cells.append(f"{statistics.mean(known):.3f} ({each}){' ok' if ok else ''}")
+        times = f" × {strength:g}" if attack in STRENGTH else ""
+        rows.append(f"| {attack}{times} | " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
