@@ -15,7 +15,7 @@ from fslora.prepare import examples_of, prepare
 from fslora.protocol import LocalRule, ServerState
 
 CLIENTS, RANK = 6, 16
-TARGET = 3.55  # nats: stories260K begins at about 4.3
+TARGET = 3.65  # nats: stories260K begins at about 4.3
 STORIES, MINILM = "stories260K", "MiniLM, 2 layers"
 
 
