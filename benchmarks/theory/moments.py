@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ BALANCED = Claim(
     "confirmed if the quotient is within 25% of the prediction, refuted if off by more than half",
 )
 CLAIMS = (MOMENTS, ROWS, SECOND, VARIANCE, SHARED, BALANCED)
+Optimizer = Literal["adamw", "sgd"]
 RATIOS = (1 / 2, 1 / 4, 1 / 8)
 
 
@@ -81,12 +83,11 @@ def sampling(draws: int, rank: int = 16) -> Iterator[Finding]:
     )
 
 
-def gradient(world: World, draws: int, rounds: int, lr: float) -> Iterator[Finding]:
-    """Check the rows of a sketched gradient and its mean square, after some training.
+def gradient(world: World, state: ServerState, draws: int) -> Iterator[Finding]:
+    """Check the rows of a sketched gradient and its mean square at a state.
 
     One step of size 1: a smaller one would lose small gradients in the rounding of the factors.
     """
-    state = trained(world, rounds, lr)
     (whole, *_) = tasks_of(world, state, (1.0,), 0, lr=1.0, steps=1)
     reference = square(world.client(whole).delta)
     exact, verdicts, parts, data = True, [], [], {}
@@ -109,10 +110,10 @@ def gradient(world: World, draws: int, rounds: int, lr: float) -> Iterator[Findi
 
 
 def averages(
-    world: World, ratio: float, counts: Sequence[int], draws: int, rounds: int, lr: float
+    world: World, state: ServerState, counts: Sequence[int], draws: int, lr: float
 ) -> Iterator[Finding]:
     """Check how the variance falls with the number of clients; batches are held fixed."""
-    state = trained(world, rounds, lr)
+    ratio = 1 / 4
     samplers: tuple[Sampler, ...] = ("uniform", "nested", "balanced")
     found = {s: variances(world, state, ratio, s, counts, draws, lr) for s in samplers}
     data: dict[str, object] = {"counts": list(counts), "ratio": ratio, **found}
@@ -181,10 +182,10 @@ def tasks_of(
     return strategy.assign(replace(state, key=fold_in(world.seed, "draw", draw)), world.clients)
 
 
-def trained(world: World, rounds: int, lr: float) -> ServerState:
+def trained(world: World, rounds: int, lr: float, optimizer: Optimizer = "sgd") -> ServerState:
     """Return the state after some rounds at ratio 1/4."""
-    strategy = world.strategy((1 / 4,), replace(world.rule, lr=lr))
-    *_, (state, _) = losses(world, strategy, rounds)
+    local = replace(world.rule, lr=lr, optimizer=optimizer)
+    *_, (state, _) = losses(world, world.strategy((1 / 4,), local), rounds)
     return state
 
 
