@@ -35,4 +35,4 @@ class Effort:
 
 
 FULL = Effort(3, 20_000, 100, 16, 6, 300, 6, 40)
-QUICK = Effort(2, 5_000, 40, 8, 5, 150, 6, 10)
+QUICK = Effort(2, 5_000, 40, 8, 5, 90, 5, 10)

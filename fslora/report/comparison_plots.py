@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
 DASHES = ("-", "--", ":")
 _LEGEND_ROW = 0.22  # inches
+_LEGEND_LETTERS = 44  # of the names in a line; their figures come on top
 _MOST_BANDS = 4
+_MANY_DECADES = 1e3
 _LOG_FROM = 5.0  # where costs differ more than this, the cheap methods would share a sliver
 
 
@@ -57,7 +59,8 @@ def draw_curves(data: Record, against: str) -> "Figure | None":
     if not paid:
         return None
     size, label = _unit(against, max(paid))
-    figure = empty_figure(3.4 + _LEGEND_ROW * -(-len(curves) // 2))
+    columns = _legend_columns(list(curves))
+    figure = empty_figure(3.4 + _LEGEND_ROW * -(-len(curves) // columns))
     axes = figure.subplots()
     logarithmic = against != "round" and max(paid) > _LOG_FROM * min(paid)
     lines, bars = [], []
@@ -82,7 +85,10 @@ def draw_curves(data: Record, against: str) -> "Figure | None":
     _bars(figure, axes, bars)
     if logarithmic:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        costs = [_cost(point, against) for curve in curves.values() for point in curve]
+        least = min(cost for cost in costs if cost)
+        wide = max(paid) > _MANY_DECADES * least  # "2" and "5" would have no room
+        axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
         label += ", logarithmic"
@@ -93,8 +99,15 @@ def draw_curves(data: Record, against: str) -> "Figure | None":
     axes.set_xlabel(label)
     axes.set_ylabel(figure_name(data))
     axes.set_ylim(*_limits(curves, data))
-    figure.legend(handles=lines, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
+    figure.legend(handles=lines, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
     return figure
+
+
+def _legend_columns(names: list[str]) -> int:
+    """Two where the names of both have room beside each other, else one."""
+    half = -(-len(names) // 2)
+    widths = [max(map(len, part), default=0) for part in (names[:half], names[half:])]
+    return 2 if sum(widths) <= _LEGEND_LETTERS else 1
 
 
 def has_bands(data: Record) -> bool:

@@ -1,6 +1,7 @@
 """The page and the tables of a comparison say what compare.json says, and escape all of it."""
 
 import json
+import math
 import re
 
 import pytest
@@ -188,3 +189,22 @@ def test_notes_say_what_failed_and_where_the_grid_ended(data):
 )
 def test_signed_figures(value, figure, text):
     assert formatted(value, figure, sign=True) == text
+
+
+def test_long_names_get_a_line_of_their_own_and_many_decades_fewer_ticks(data):
+    def drawn(cheapest, *names):
+        costs = [cheapest, *[1e9] * (len(names) - 1)]
+        found = dataset(*(strategy(n, [0.5, 0.6], c) for n, c in zip(names, costs, strict=True)))
+        with house_style():
+            figure = draw_curves(found, "bytes")
+        legend, axes = figure.legends[0], figure.axes[0]
+        low, high = axes.get_xlim()
+        return legend._ncols, [at for at in axes.get_xticks() if low <= at <= high]
+
+    columns, near = drawn(1e7, "fslora", "fedit")
+    assert columns == 2
+    assert any(round(math.log10(at), 6) % 1 for at in near)
+    columns, far = drawn(1e4, "fslora:averaging=count,ratios=1/32,1/16,1/8", "fedit")
+    assert columns == 1
+    assert far
+    assert all(round(math.log10(at), 6) % 1 == 0 for at in far)

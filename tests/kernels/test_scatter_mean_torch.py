@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fslora.aggregation import mean_update
-from fslora.protocol import LoRAWeights
+from fslora.protocol import LoRAWeights, Sketch
 from fslora_kernels import scatter_mean
 from fslora_kernels.ops.scatter_mean import cost
 from fslora_kernels.ops.scatter_mean.backend_torch import sum_in_place, sum_sorted
@@ -84,7 +84,7 @@ def test_one_call_gives_the_bits_of_folding_updates_one_at_a_time():
     index = factors[0]["index"].split(case.sketch_sizes)
     pairs = zip(*(factor["rows"].split(case.sketch_sizes) for factor in factors), strict=True)
     tasks = [
-        SimpleNamespace(client_id=client, sketches={"layer": SimpleNamespace(index=ranks)})
+        SimpleNamespace(client_id=client, sketches={"layer": Sketch(ranks, 6)})
         for client, ranks in enumerate(index)
     ]
     updates = [
