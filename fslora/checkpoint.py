@@ -54,7 +54,8 @@ def save_state(folder: Path, state: ServerState) -> None:
     tensors |= {f"optimizer/{name}": tensor for name, tensor in state.optimizer.items()}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     header = {"round": str(state.round), "key": str(state.key), "clients": json.dumps(ids)}
-    header |= {"rejections": json.dumps(state.rejections)}
+    # A gradient's norm is summed in the order of the modules, so that the order is state too.
+    header |= {"rejections": json.dumps(state.rejections), "order": json.dumps(list(tensors))}
     header |= {"format": _FORMAT, "checksum": str(_checksum(contiguous, header))}
     data = save(contiguous, metadata=header)
     disk.write_atomically(folder / STATE_FILE, data, keep=folder / PREVIOUS_FILE)
@@ -151,6 +152,8 @@ def _read(path: Path) -> ServerState:
         )
     if kind == _FORMAT and checksum != str(_checksum(tensors, header)):
         raise _DamagedError("its checksum is wrong")
+    order = json.loads(header["order"]) if "order" in header else sorted(tensors)
+    tensors = {name: tensors[name] for name in order}
     clients = _under(tensors, "client/")
     return ServerState(
         round=int(header["round"]),
@@ -210,7 +213,7 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _adapters(tensors: dict[str, Tensor]) -> Adapters:
-    names = sorted(name.removesuffix("/a") for name in tensors if name.endswith("/a"))
+    names = [name.removesuffix("/a") for name in tensors if name.endswith("/a")]
     return {name: LoRAWeights(tensors[f"{name}/a"], tensors[f"{name}/b"]) for name in names}
 
 

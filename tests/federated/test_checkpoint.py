@@ -133,6 +133,19 @@ def test_every_field_of_a_state_is_kept(tmp_path):
         assert str(getattr(loaded, name)) == str(value)
 
 
+def test_modules_and_heads_come_back_in_their_order(tmp_path):
+    pairs, beside = (
+        {n: LoRAWeights(torch.ones(2, 3), torch.ones(2, 3)) for n in ("b", "a.10", "a.9")}
+        for _ in range(2)
+    )
+    heads = {"z": torch.ones(2), "y": torch.ones(3)}
+    given = replace(state(), adapters=pairs, base_residual=beside, extras=heads)
+    checkpoint.save_state(tmp_path, given)
+    loaded = checkpoint.load_state(tmp_path)
+    assert list(loaded.adapters) == list(loaded.base_residual) == ["b", "a.10", "a.9"]
+    assert list(loaded.extras) == ["z", "y"]
+
+
 def test_clients_with_unlike_memories_come_back(tmp_path):
     clients = {f"c{n}": {"rank": torch.tensor(n)} for n in range(5)}
     clients |= {f"d{n}": {"a": torch.full((n % 2 + 1, 3), float(n))} for n in range(4)}

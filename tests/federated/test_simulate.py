@@ -93,6 +93,7 @@ def test_same_seed_same_bits_other_seed_others(settings, tmp_path):
 @pytest.mark.parametrize("server", ["fedavg", "fedadam"])
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(settings, tmp_path, server):
     whole = SimulateConfig(**{**settings, "rounds": 3, "server_opt": server, "server_lr": 0.1})
+    whole = replace(whole, clip_norm=0.05)  # the norm's bits depend on the order of the modules
     simulate(replace(whole, out=str(tmp_path / "whole")))
 
     class StopError(Exception):
