@@ -161,11 +161,13 @@ def order(
         return rounds_to(world, world.strategy(ratios, local, method), target, most)
 
     counts: dict[str, list[int]] = {}
+    taken: dict[str, list[float | None]] = {}
     for method in METHODS:
         found = [
             best(w, ratios, lambda w, _, lr, most, m=method: counter(m, w, lr, most), steps, limit)
             for w in worlds
         ]
+        taken[method] = [each and each[1] for each in found]
         counts[method] = [limit + 1 if each is None else each[0] for each in found]
     means = [exp(mean([log(number) for number in counts[method]])) for method in METHODS]
     right = all(
@@ -180,13 +182,25 @@ def order(
         ORDER,
         worlds[0].name,
         " < ".join(METHODS),
-        ", ".join(
-            f"{method} {'never' if min(counts[method]) > limit else f'{m:.3g}'}"
-            for method, m in zip(METHODS, means, strict=True)
-        ),
+        ", ".join(f"{method} {in_words(counts[method], limit)}" for method in METHODS),
         "confirmed" if right else "refuted" if reversed_everywhere else "undecided",
-        {"rounds": counts, "limit": limit, "ratios": named(ratios), "target": target},
+        {
+            "rounds": counts,
+            "steps": taken,
+            "limit": limit,
+            "ratios": named(ratios),
+            "target": target,
+        },
     )
+
+
+def in_words(counts: Sequence[int], limit: int) -> str:
+    """Say the mean number of rounds, or what one can say where seeds were cut off by the limit."""
+    late = sum(number > limit for number in counts)
+    if late == len(counts):
+        return "never"
+    middle = exp(mean([log(number) for number in counts]))
+    return f"over {middle:.3g} ({late} of {len(counts)} never)" if late else f"{middle:.3g}"
 
 
 def mean(values: Sequence[float]) -> float:
