@@ -184,7 +184,9 @@ def verdict(results: Sequence[Result]) -> tuple[float, str]:
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks plan-fleets", description=__doc__)
-    parser.add_argument("--fleets", default="equal,free-network,poor-half,tiers,small-memory")
+    parser.add_argument(
+        "--fleets", default="equal,free-network,poor-half,tiers,small-memory,check-in"
+    )
     parser.add_argument("--sizes", default="16,8,4,2,1", help="of the single ratios, S")
     parser.add_argument("--folder", type=Path, default=Path("runs/plan-fleets"))
     parser.add_argument("--out", type=Path, help="append the results to this JSONL file")
