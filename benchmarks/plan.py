@@ -3,12 +3,12 @@
 Predicted is what ``fslora plan`` goes by: straight lines through two counted rounds. Against it
 stand operations and bytes counted at each ratio; the peak of resident memory of a fresh process
 that trains, over what it held before it loaded the model (everything imported and warm by a tiny
-model of the same kind); and CPU seconds of its rounds, predicted from the operations at the rate
-that the process shows at S/R = 1/4.
+model of the same kind); and CPU seconds of its rounds, predicted from the operations.
 
-The process gives memory back to the system as soon as it is freed (MALLOC_MMAP_THRESHOLD_, which
-glibc otherwise raises as it goes): predicted is what is alive, not what an allocator keeps.
-``--keep`` measures with glibc's own habit.
+Two figures are a machine's own and are measured in one more process at S/R = 1/4, as ``fslora
+probe`` does: operations a second, and the bytes that the allocator keeps beyond what is alive.
+``--give-back`` has the processes give memory back to the system as soon as it is freed
+(MALLOC_MMAP_THRESHOLD_, which glibc otherwise raises as it goes).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from fslora.clock import step_counter
 from fslora.config import SimulateConfig
 from fslora.models import model_path, take_state
 from fslora.plan.costs import count_costs
+from fslora.plan.kept import kept_bytes, resident_bytes
 from fslora.prepare import Run, make_strategy, prepare
 from fslora.protocol import ClientTask
 
@@ -50,6 +51,7 @@ class CostRow:
         model: name.
         size: S of R = 16.
         memory: bytes, base model included: predicted, peak of the process over its baseline.
+        kept: of the predicted bytes those that the allocator keeps.
         flops: of a round: predicted, counted.
         down_bytes: predicted, of the real task.
         up_bytes: predicted, of the real task.
@@ -59,6 +61,7 @@ class CostRow:
     model: str
     size: int
     memory: tuple[float, float]
+    kept: float
     flops: tuple[float, float]
     down_bytes: tuple[float, float]
     up_bytes: tuple[float, float]
@@ -77,52 +80,71 @@ def task_at(run: Run, size: int) -> tuple[LocalTrainer, ClientTask]:
 
 def child(settings: str, size: int) -> dict[str, float]:
     """In a fresh process: train at one size; its peak over its baseline, and its CPU seconds."""
-    config = SimulateConfig(**json.loads(settings))
-    tiny = str(Path(config.model).with_name(f"{Path(config.model).name}-tiny"))
-    trainer, task = task_at(prepare(replace(config, model=tiny)), size)
-    trainer(task)
-    del trainer, task
-    baseline = _status("VmRSS")
-    trainer, task = task_at(prepare(config), size)
+    trainer, task, baseline = _warm(settings, size)
+    seconds = []
+    for _ in range(6):
+        start = process_time()
+        trainer(task)
+        seconds.append(process_time() - start)
+    return {"memory": resident_bytes("VmHWM") - baseline, "seconds": median(seconds[1:])}
+
+
+def probed(settings: str, size: int) -> dict[str, float]:
+    """In a fresh process: what its allocator keeps, and CPU seconds of a round."""
+    trainer, task, _ = _warm(settings, size)
+    kept = kept_bytes(trainer, task)
     seconds = []
     for _ in range(3):
         start = process_time()
         trainer(task)
         seconds.append(process_time() - start)
-    return {"memory": _status("VmHWM") - baseline, "seconds": median(seconds[1:])}
+    return {"kept": kept, "seconds": median(seconds)}
 
 
-def _status(field: str) -> float:
-    """Bytes of a line of this process's status; Linux only."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+def _warm(settings: str, size: int) -> tuple[LocalTrainer, ClientTask, int]:
+    """Train a tiny model, note what the process holds, and load the model."""
+    config = SimulateConfig(**json.loads(settings))
+    tiny = str(Path(config.model).with_name(f"{Path(config.model).name}-tiny"))
+    trainer, task = task_at(prepare(replace(config, model=tiny)), size)
+    trainer(task)
+    del trainer, task
+    baseline = resident_bytes("VmRSS")
+    return *task_at(prepare(config), size), baseline
 
 
-def measure(config: SimulateConfig, name: str, *, keep: bool) -> list[CostRow]:
-    """Predict, count and measure one model at every size; ``keep``: as glibc keeps memory."""
+def measure(config: SimulateConfig, name: str, *, give_back: bool) -> list[CostRow]:
+    """Predict, count and measure one model at every size."""
     run = prepare(config)
     costs = count_costs(run)
-    command = [sys.executable, "-m", "benchmarks", "plan", "--child"]
-    found = {}
-    environment = {**os.environ, **({} if keep else {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)})}
-    for size in SIZES:
-        one = [*command, json.dumps(asdict(config)), "--size", str(size)]
-        done = subprocess.run(one, check=True, capture_output=True, text=True, env=environment)
-        found[size] = json.loads(done.stdout.splitlines()[-1])
-    rate = costs.flops(_PROBED) / found[_PROBED]["seconds"]
+    extra = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)} if give_back else {}
+
+    def fresh(size: int, *flags: str) -> dict[str, float]:
+        command = [sys.executable, "-m", "benchmarks", "plan", *flags]
+        command += ["--child", json.dumps(asdict(config)), "--size", str(size)]
+        environment = {**os.environ, **extra}
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    machine = fresh(_PROBED, "--probe")
     rows = []
     for size in SIZES:
+        found = fresh(size)
         trainer, task = task_at(run, size)
         counted = config.local_steps * step_counter(trainer, run.data.evaluation)(task)
         rows.append(
             CostRow(
                 model=name,
                 size=size,
-                memory=(costs.memory_bytes(size), found[size]["memory"]),
+                memory=(costs.memory_bytes(size) + machine["kept"], found["memory"]),
+                kept=machine["kept"],
                 flops=(costs.flops(size), counted),
                 down_bytes=(costs.down_bytes(size), sum(download_bytes(task))),
                 up_bytes=(costs.up_bytes(size), sum(upload_bytes(task))),
-                seconds=(costs.flops(size) / rate, found[size]["seconds"]),
+                seconds=(
+                    costs.flops(size) / costs.flops(_PROBED) * machine["seconds"],
+                    found["seconds"],
+                ),
             )
         )
     return rows
@@ -193,22 +215,23 @@ def main(arguments: Sequence[str]) -> int:
     """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks plan", description=__doc__)
     parser.add_argument("--out", type=Path, help="append the rows to this JSONL file")
-    parser.add_argument("--keep", action="store_true", help="with glibc's own memory habits")
+    parser.add_argument("--give-back", action="store_true", help="freed memory to the system")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.child:
-        print(json.dumps(child(chosen.child, chosen.size)))
+        print(json.dumps((probed if chosen.probe else child)(chosen.child, chosen.size)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         rows = [
             row
             for name, config in workloads(Path(folder))
-            for row in measure(config, name, keep=chosen.keep)
+            for row in measure(config, name, give_back=chosen.give_back)
         ]
     print(table(rows))
     if chosen.out:
         for row in rows:
-            record = {"benchmark": "plan", "keep": chosen.keep, **provenance(), **asdict(row)}
-            append_record(chosen.out, record)
+            habit = {"give_back": chosen.give_back}
+            append_record(chosen.out, {"benchmark": "plan", **habit, **provenance(), **asdict(row)})
     return 0

@@ -71,7 +71,8 @@ class Device:
         name: of the class, such as ``phone:poor``.
         share: of the clients that have it.
         flops_per_second: what it sustains in local steps.
-        memory_bytes: must hold the base model.
+        memory_bytes: for tensors: the base model and what training adds; what the allocator keeps
+            beside them is not in it.
         down_bits_per_second: server to client.
         up_bits_per_second: client to server.
         rtt_seconds: paid once a round.

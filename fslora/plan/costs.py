@@ -88,7 +88,7 @@ def count_costs(run: Run) -> Costs:
     strategy = make_strategy(config, ratio_of)
     state = strategy.init(*take_state(model), config.seed)
     tasks = strategy.assign(state, _CLIENTS)
-    longest = _longest(run.data.evaluation, config.batch_size)
+    longest = longest_of(run.data.evaluation, config.batch_size)
     trainer = LocalTrainer(model, run.task, dict.fromkeys(_CLIENTS, longest))
     step_flops = step_counter(trainer, run.data.evaluation)
     held = [min(len(examples), config.batch_size) for examples in run.data.clients]
@@ -122,26 +122,33 @@ def count_costs(run: Run) -> Costs:
 
 
 def round_bytes(trainer: LocalTrainer, task: ClientTask) -> int:
-    """Count the most bytes alive at once while a client trains.
+    """Count the most bytes alive at once while a client trains, model and task included."""
+    return sum(tensor.nbytes for tensor in _held(trainer, task)) + made_bytes(trainer, task)
 
-    Counted are the model, the task, and everything that the operations of two local steps make: the
-    leaves, their gradients and moments, the saved activations, what passes by. Not counted is
-    scratch space inside one operation, and what Python and its libraries take themselves.
+
+def made_bytes(trainer: LocalTrainer, task: ClientTask) -> int:
+    """Count the most bytes alive at once of what a client makes while it trains.
+
+    That is everything that the operations of two local steps make: the leaves, their gradients and
+    moments, the saved activations, what passes by. Not counted is scratch space inside one
+    operation, and what Python and its libraries take themselves.
     """
-    model = trainer.model
-    given = [tensor for pair in (*task.adapters.values(), *task.frozen.values()) for tensor in pair]
-    given += task.extras.values()
-    there: list[Tensor] = [*model.parameters(), *model.buffers(), *given]
     # In the second step the optimizer has its moments.
     short = replace(task, local=replace(task.local, steps=2, accumulation=1), residual={})
-    with AliveBytes(addresses(there)) as alive:
+    with AliveBytes(addresses(_held(trainer, task))) as alive:
         trainer(short)
     peak: int = alive.peak
-    return sum(tensor.nbytes for tensor in there) + peak
+    return peak
 
 
-def _longest(examples: Examples, count: int) -> Examples:
-    """The examples of most tokens: a device must have the memory for them."""
+def _held(trainer: LocalTrainer, task: ClientTask) -> list[Tensor]:
+    """The tensors of the model and the task."""
+    given = [tensor for pair in (*task.adapters.values(), *task.frozen.values()) for tensor in pair]
+    return [*trainer.model.parameters(), *trainer.model.buffers(), *given, *task.extras.values()]
+
+
+def longest_of(examples: Examples, count: int) -> Examples:
+    """Return the examples of most tokens: a device must have the memory for them."""
     lengths = examples.tensors["attention_mask"].sum(dim=1)
     rows = lengths.argsort(descending=True, stable=True)[:count]
     return Examples(examples.take(rows))

@@ -14,11 +14,15 @@ from rich.console import Console
 
 from fslora.client import LocalTrainer
 from fslora.clock import step_counter
+from fslora.data.tasks import Examples
 from fslora.devices import Device
 from fslora.models import take_state
+from fslora.plan.costs import longest_of
+from fslora.plan.kept import kept_bytes
 from fslora.plan.settings import ProbeConfig
 from fslora.prepare import Run, make_strategy, prepare
 from fslora.protocol import ClientTask
+from fslora.report.units import format_bytes
 
 _LEAST_ROUNDS = 3
 _STEPS = 4
@@ -34,15 +38,17 @@ def probe(config: ProbeConfig, console: Console) -> Device:
     if path.is_file() and config.name in _names(path):
         raise ValueError(f"{path} has a device {config.name} already; give another --name")
     run = prepare(replace(config.run, devices="", deadline=0.0, over_select=1.0))
-    memory = free_bytes(next(run.model.parameters()).device)
-    seconds, flops = time_rounds(run, config.run.ratio_values[0], config.seconds)
+    memory, ratio = free_bytes(next(run.model.parameters()).device), config.run.ratio_values[0]
     # The model is loaded already; what it takes is the device's to give.
-    weights = sum(tensor.nbytes for tensor in run.model.parameters())
+    memory += sum(tensor.nbytes for tensor in run.model.parameters())
+    longest = longest_of(run.data.evaluation, config.run.batch_size)
+    kept = kept_bytes(*training(run, ratio, longest))
+    seconds, flops = time_rounds(run, ratio, config.seconds)
     device = Device(
         name=config.name,
         share=config.share,
         flops_per_second=flops / statistics.median(seconds),
-        memory_bytes=memory + weights,
+        memory_bytes=max(1.0, memory - kept),
         down_bits_per_second=1e6 * config.down_mbit,
         up_bits_per_second=1e6 * config.up_mbit,
         rtt_seconds=1e-3 * config.rtt_ms,
@@ -54,7 +60,8 @@ def probe(config: ProbeConfig, console: Console) -> Device:
         file.write(table_of(device))
     console.print(
         f"{config.name}: {device.flops_per_second / 1e9:.2f} Gflop/s in {len(seconds)} times "
-        f"{_STEPS} local steps, {device.memory_bytes / 1e9:.2f} GB of memory free; in {path}",
+        f"{_STEPS} local steps, {format_bytes(device.memory_bytes)} of memory for tensors, beside "
+        f"{format_bytes(kept)} that the allocator keeps; in {path}",
         markup=False,
     )
     return device
@@ -71,16 +78,19 @@ def time_rounds(run: Run, ratio: float, least_seconds: float) -> tuple[list[floa
     Returns:
         Seconds of each round, after one that is not counted, and the operations of one.
     """
-    name = max(run.data.names, key=lambda n: len(run.data.clients[run.data.names.index(n)]))
-    examples = run.data.clients[run.data.names.index(name)]
-    trainer = LocalTrainer(run.model, run.task, {name: examples})
-    strategy = make_strategy(run.config, {name: ratio})
-    state = strategy.init(*take_state(run.model), run.config.seed)
-    (task,) = strategy.assign(state, [name])
-    task = replace(task, local=replace(task.local, steps=_STEPS))
+    trainer, task = training(run, ratio, max(run.data.clients, key=len))
     batches = _STEPS * run.config.accumulation
     flops = batches * step_counter(trainer, run.data.evaluation)(task)
     return _timed(trainer, task, least_seconds), flops
+
+
+def training(run: Run, ratio: float, examples: Examples) -> tuple[LocalTrainer, ClientTask]:
+    """Build one client's trainer, and a task of a few local steps at a ratio."""
+    strategy = make_strategy(run.config, {"probed": ratio})
+    state = strategy.init(*take_state(run.model), run.config.seed)
+    (task,) = strategy.assign(state, ["probed"])
+    task = replace(task, local=replace(task.local, steps=_STEPS))
+    return LocalTrainer(run.model, run.task, {"probed": examples}), task
 
 
 def _timed(trainer: LocalTrainer, task: ClientTask, least_seconds: float) -> list[float]:
