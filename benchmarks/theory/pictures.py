@@ -39,7 +39,7 @@ def draw(findings: Sequence[Finding], folder: Path) -> list[Path]:
                 panel(axis, finding.data)
                 axis.set_title(f"{name}, {finding.setting}:\n{finding.verdict}")
             path = folder / f"{name.lower()}.png"
-            figure.savefig(path, format="png", dpi=110)
+            figure.savefig(path, format="png", dpi=110, bbox_inches="tight")
             written.append(path)
     return written
 
