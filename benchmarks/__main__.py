@@ -20,6 +20,7 @@ BENCHMARKS = {
     "protocol": ("benchmarks.protocol", "all strategies on real data, as docs/results.md has it"),
     "depth": ("benchmarks.depth", "what training the upper layers alone spares a client"),
     "plan": ("benchmarks.plan", "the planner's costs: predicted against counted and measured"),
+    "allocator": ("benchmarks.allocator", "memory given back to the system: peak and CPU time"),
     "plan-fleets": ("benchmarks.plan_fleets", "plans against the best single ratio, six fleets"),
     "attacks": ("benchmarks.attacks", "hostile clients against robust rules, on SST-2"),
     "prototypes": ("benchmarks.prototypes", "two kernels that wait for a GPU, compiled only"),

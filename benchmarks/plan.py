@@ -80,7 +80,7 @@ def task_at(run: Run, size: int) -> tuple[LocalTrainer, ClientTask]:
 
 def child(settings: str, size: int) -> dict[str, float]:
     """In a fresh process: train at one size; its peak over its baseline, and its CPU seconds."""
-    trainer, task, baseline = _warm(settings, size)
+    trainer, task, baseline = warm(settings, size)
     seconds = []
     for _ in range(6):
         start = process_time()
@@ -91,7 +91,7 @@ def child(settings: str, size: int) -> dict[str, float]:
 
 def probed(settings: str, size: int) -> dict[str, float]:
     """In a fresh process: what its allocator keeps, and CPU seconds of a round."""
-    trainer, task, _ = _warm(settings, size)
+    trainer, task, _ = warm(settings, size)
     kept = kept_bytes(trainer, task)
     seconds = []
     for _ in range(3):
@@ -101,13 +101,14 @@ def probed(settings: str, size: int) -> dict[str, float]:
     return {"kept": kept, "seconds": median(seconds)}
 
 
-def _warm(settings: str, size: int) -> tuple[LocalTrainer, ClientTask, int]:
-    """Train a tiny model, note what the process holds, and load the model."""
+def warm(settings: str, size: int) -> tuple[LocalTrainer, ClientTask, int]:
+    """Train a tiny model if there is one, note what the process holds, and load the model."""
     config = SimulateConfig(**json.loads(settings))
-    tiny = str(Path(config.model).with_name(f"{Path(config.model).name}-tiny"))
-    trainer, task = task_at(prepare(replace(config, model=tiny)), size)
-    trainer(task)
-    del trainer, task
+    tiny = Path(config.model).with_name(f"{Path(config.model).name}-tiny")
+    if tiny.is_dir():
+        trainer, task = task_at(prepare(replace(config, model=str(tiny))), size)
+        trainer(task)
+        del trainer, task
     baseline = resident_bytes("VmRSS")
     return *task_at(prepare(config), size), baseline
 
