@@ -216,6 +216,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks plan", description=__doc__)
     parser.add_argument("--out", type=Path, help="append the rows to this JSONL file")
+    parser.add_argument("--models", default=f"{LLAMA_768},MiniLM")
     parser.add_argument("--give-back", action="store_true", help="freed memory to the system")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
@@ -228,6 +229,7 @@ def main(arguments: Sequence[str]) -> int:
         rows = [
             row
             for name, config in workloads(Path(folder))
+            if name in chosen.models.split(",")
             for row in measure(config, name, give_back=chosen.give_back)
         ]
     print(table(rows))

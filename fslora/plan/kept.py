@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fslora.client import LocalTrainer
 from fslora.plan.costs import made_bytes
@@ -37,6 +38,7 @@ def kept_bytes(trainer: LocalTrainer, task: ClientTask) -> float:
         trainer(task)
         reserved = torch.cuda.max_memory_reserved(device)
         return float(reserved - torch.cuda.max_memory_allocated(device))
+    read_in(trainer.model)  # or their coming in would be taken for growth
     try:
         (_PROCESS / "clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
         before = resident_bytes("VmRSS")
@@ -48,8 +50,24 @@ def kept_bytes(trainer: LocalTrainer, task: ClientTask) -> float:
     return float(max(0, grown - made_bytes(trainer, task)))
 
 
+def read_in(model: nn.Module) -> int:
+    """Read every weight: those of a mapped file are in memory only from then on.
+
+    Returns:
+        Bytes that came in. The system counts them as free all the same: it can read them again.
+        0 where the system does not say.
+    """
+    try:
+        before = resident_bytes("RssFile")
+        for parameter in model.parameters():
+            parameter.detach().sum()
+        return max(0, resident_bytes("RssFile") - before)
+    except OSError:
+        return 0
+
+
 def resident_bytes(field: str) -> int:
-    """Read this process's resident memory: ``VmRSS``, now, or ``VmHWM``, its peak.
+    """Read this process's resident memory: ``VmRSS``, ``RssFile`` of it, ``VmHWM`` its peak.
 
     Raises:
         OSError: the system is no Linux.

@@ -18,7 +18,7 @@ from fslora.data.tasks import Examples
 from fslora.devices import Device
 from fslora.models import take_state
 from fslora.plan.costs import longest_of
-from fslora.plan.kept import kept_bytes
+from fslora.plan.kept import kept_bytes, read_in
 from fslora.plan.settings import ProbeConfig
 from fslora.prepare import Run, make_strategy, prepare
 from fslora.protocol import ClientTask
@@ -38,9 +38,11 @@ def probe(config: ProbeConfig, console: Console) -> Device:
     if path.is_file() and config.name in _names(path):
         raise ValueError(f"{path} has a device {config.name} already; give another --name")
     run = prepare(replace(config.run, devices="", deadline=0.0, over_select=1.0))
-    memory, ratio = free_bytes(next(run.model.parameters()).device), config.run.ratio_values[0]
-    # The model is loaded already; what it takes is the device's to give.
-    memory += sum(tensor.nbytes for tensor in run.model.parameters())
+    ratio, mapped = config.run.ratio_values[0], read_in(run.model)
+    # The model is loaded already; what it takes is the device's to give, and not free any more
+    # unless its file is mapped.
+    weights = sum(tensor.nbytes for tensor in run.model.parameters()) - mapped
+    memory = free_bytes(next(run.model.parameters()).device) + weights
     longest = longest_of(run.data.evaluation, config.run.batch_size)
     kept = kept_bytes(*training(run, ratio, longest))
     seconds, flops = time_rounds(run, ratio, config.seconds)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fslora.__main__ import main
 from fslora.client import LocalTrainer
@@ -30,6 +31,8 @@ class Hoarder(LocalTrainer):
     def __call__(self, task):
         self.hoard.append(np.ones(self.megabytes * 125_000))
         torch.ones(16_000_000)  # 64 MB alive for a moment, which is no hoard
+        for parameter in self.model.parameters():
+            parameter.detach().sum()
         return super().__call__(task)
 
 
@@ -48,9 +51,24 @@ def test_what_is_kept_is_growth_that_no_tensor_needs(training):
     assert kept.kept_bytes(Hoarder(*fields, 40), task) == pytest.approx(120 * MB, abs=20 * MB)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not say")
+def test_weights_of_a_mapped_file_come_in_when_they_are_read(training, tmp_path):
+    np.ones(10_000_000, dtype=np.float32).tofile(tmp_path / "weights")
+    mapped = torch.from_file(str(tmp_path / "weights"), size=10_000_000)
+    model = nn.ParameterList([nn.Parameter(mapped)])
+    assert kept.read_in(model) == pytest.approx(40 * MB, abs=4 * MB)
+    assert kept.read_in(model) < 4 * MB
+    trainer, task = training
+    trainer(task)
+    trainer.model.mapped = nn.Parameter(torch.from_file(str(tmp_path / "weights"), size=10_000_000))
+    reader = Hoarder(trainer.model, trainer.task, trainer.data)
+    assert kept.kept_bytes(reader, task) < 16 * MB
+
+
 def test_a_system_that_does_not_say_has_nothing_kept(training, monkeypatch, tmp_path):
     monkeypatch.setattr(kept, "_PROCESS", tmp_path / "nothing")
     assert kept.kept_bytes(*training) == 0
+    assert kept.read_in(training[0].model) == 0
 
 
 def test_a_probe_leaves_out_what_the_allocator_keeps(settings, monkeypatch, tmp_path, capsys):
