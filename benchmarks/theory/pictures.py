@@ -102,7 +102,7 @@ def _uplink(axis: Axes, data: Data) -> None:
         colour = FULL_RANK if "," in name else SKETCHED
         axis.plot([inverse[name]], [mean], "s" if "," in name else "o", color=colour)
         axis.vlines(inverse[name], max(low, mean / 20), min(high, mean * 20), color=colour)
-        _name(axis, name, inverse[name], mean)
+        _name(axis, name, inverse[name], mean, mixed_above=True)
     axis.axhline(1, color=INK, linestyle=":", label="full rank")
     _logarithmic(axis, "mean(R/S)", "uplink to the target / full rank's")
 
@@ -178,10 +178,13 @@ def _order(axis: Axes, data: Data) -> None:
     axis.set_xlabel("rounds to the target (dotted: never)")
 
 
-def _name(axis: Axes, name: str, x: float, y: float) -> None:
-    # Mixed ratios stand below their point: 1/4 and 1/8,1/2,1/2 have the same x.
-    offset = (-6, -14) if "," in name else (-6, 8)
-    axis.annotate(name, (x, y), offset, textcoords="offset points", fontsize=7, ha="right")
+def _name(axis: Axes, name: str, x: float, y: float, *, mixed_above: bool = False) -> None:
+    # 1/4 and 1/8,1/2,1/2 have the same x, and 1/8,1/4,1/2 the next: above, below and to the right.
+    above = ("," in name) == mixed_above
+    offset, side = (-6, 8 if above else -14), "right"
+    if len(set(name.split(","))) > 2:
+        offset, side = (7, -3), "left"
+    axis.annotate(name, (x, y), offset, textcoords="offset points", fontsize=7, ha=side)
 
 
 def _logarithmic(axis: Axes, x: str, y: str) -> None:
@@ -189,7 +192,9 @@ def _logarithmic(axis: Axes, x: str, y: str) -> None:
 
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_ylim()
+    subs = (1, 2, 5) if high > 3 * low else (1, 1.2, 1.5, 2, 3, 5, 7, 8, 9)
+    axis.yaxis.set_major_locator(LogLocator(subs=subs))
     for scale in (axis.xaxis, axis.yaxis):  # the default's powers are mathematics, which is off
         scale.set_major_formatter(StrMethodFormatter("{x:g}"))
         scale.set_minor_formatter(NullFormatter())
