@@ -112,6 +112,14 @@ def of_round(number: int) -> str:
     return f"the checkpoint of round {number}"
 
 
+def rounds_done(folder: Path) -> int:
+    """The number of the last round that a run recorded; 0 before the first."""
+    records = folder / RECORDS_FILE
+    if not records.is_file():
+        return 0
+    return max(records.read_bytes().count(b"\n") - 1, 0)
+
+
 def newest_round(folder: Path) -> str:
     """Name the checkpoint that a folder holds, for a message; nothing if it holds none."""
     try:

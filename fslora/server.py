@@ -11,6 +11,7 @@ import numpy as np
 from fslora.aggregation import in_task_order
 from fslora.client import download_bytes, upload_bytes
 from fslora.clock import FAILED, Clock, Plan, Times
+from fslora.errors import StoppedRunError
 from fslora.faults import SLOWDOWN
 from fslora.protocol import ClientFn, ClientTask, ClientUpdate, Engine, ServerState, Strategy
 from fslora.trust import Limits
@@ -18,10 +19,6 @@ from fslora.validate import NO_LIMITS, counted, quarantined, rejection
 from fslora_kernels.seeds import fold_in
 
 _ABSENT = ("it was not available", FAILED)
-
-
-class StoppedRunError(RuntimeError):
-    """A run cannot go on; the state before the round is the last good one, and is kept."""
 
 
 class NoUsableUpdateError(StoppedRunError):

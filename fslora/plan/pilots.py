@@ -33,6 +33,7 @@ def pilots_of(config: PlanConfig) -> list[SimulateConfig]:
             devices="",
             deadline=0.0,
             over_select=1.0,
+            faults="",
             targets="",
             eval_every=1,
             eval_sketched=False,

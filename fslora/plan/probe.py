@@ -33,7 +33,7 @@ def probe(config: ProbeConfig, console: Console) -> Device:
     path = Path(config.table)
     if path.is_file() and config.name in _names(path):
         raise ValueError(f"{path} has a device {config.name} already; give another --name")
-    run = prepare(replace(config.run, devices="", deadline=0.0, over_select=1.0))
+    run = prepare(replace(config.run, devices="", deadline=0.0, over_select=1.0, faults=""))
     memory = free_bytes(next(run.model.parameters()).device)
     seconds, flops = time_rounds(run, config.run.ratio_values[0], config.seconds)
     # The model is loaded already; what it takes is the device's to give.

@@ -155,6 +155,8 @@ def test_a_folder_is_never_overwritten_nor_continued_otherwise(settings):
         simulate(config)
     with pytest.raises(ValueError, match=r"--lr 0.5 \(was 0.01\)"):
         simulate(replace(config, resume=True, lr=0.5))
+    with pytest.raises(ValueError, match="has 2 rounds, and 1 are asked for"):
+        simulate(replace(config, resume=True, rounds=1))
     assert outcome(config.out) == before
 
 
