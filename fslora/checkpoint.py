@@ -234,21 +234,6 @@ def _by_client(tensors: dict[str, Tensor]) -> _Clients:
     return clients
 
 
-def save_residual(folder: Path, residual: Adapters) -> None:
-    """Write what a model's base weights have gained beside its adapter, if anything.
-
-    ``base_residual.safetensors`` holds "<module>/a" ``[K, D]`` and "<module>/b" ``[K, E]``; the
-    base weight ``[E, D]`` is to be increased by the adapter's scaling times bᵀa.
-    """
-    if residual:
-        tensors = {
-            f"{name}/{factor}": tensor.contiguous()
-            for name, pair in residual.items()
-            for factor, tensor in zip("ab", pair, strict=True)
-        }
-        disk.write_atomically(folder / "base_residual.safetensors", save(tensors))
-
-
 def append_record(folder: Path, record: dict[str, Any]) -> None:
     """Append one round's line and make sure that it is on disk.
 

@@ -176,14 +176,22 @@ def _with_adapter(base: nn.Module, config: SimulateConfig, task_type: TaskType |
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         task_type=task_type,
     )
+    paths = [name for name, _ in base.named_modules()]
+    for target in targets:
+        if target != "all-linear" and not any(f".{path}".endswith(f".{target}") for path in paths):
+            raise _untargetable(base, config, f"no layer is named {target}.")
     try:
         return get_peft_model(base, adapter)
     except ValueError as error:
-        linear = {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if type(m) is nn.Linear}
-        raise ValueError(
-            f"--target-modules {config.target_modules}: {str(error).splitlines()[0]} "
-            f"Its linear layers are named {', '.join(sorted(linear))}; or use all-linear"
-        ) from None
+        raise _untargetable(base, config, str(error).splitlines()[0]) from None
+
+
+def _untargetable(base: nn.Module, config: SimulateConfig, why: str) -> ValueError:
+    linear = {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if type(m) is nn.Linear}
+    return ValueError(
+        f"--target-modules {config.target_modules}: {why} Its linear layers are named "
+        f"{', '.join(sorted(linear))}; or use all-linear"
+    )
 
 
 def _unloadable(what: str, model: str, error: Exception) -> ValueError:
