@@ -33,6 +33,7 @@ from fslora.client import LocalTrainer
 from fslora.config import SimulateConfig
 from fslora.data.tasks import Evaluation
 from fslora.engines import sequential
+from fslora.errors import StoppedRunError
 from fslora.models import take_state
 from fslora.prepare import (
     Run,
@@ -44,7 +45,7 @@ from fslora.prepare import (
     trusting,
 )
 from fslora.protocol import ServerState
-from fslora.server import StoppedRunError, rounds
+from fslora.server import rounds
 from fslora.trust import Attack, Robust
 
 RESULTS = Path(__file__).parent / "results/attacks"

@@ -312,7 +312,7 @@ def grouped(extent: Extent, measure: Clock) -> Row:
     tokens = [group * extent.tokens // count for group in range(count + 1)]
     ranks = [group * size for group in range(count + 1)]
     scale = torch.full((count,), SCALE, device=extent.device)
-    rows = [slice(*bounds) for bounds in pairwise(tokens)]
+    lengths = [last - first for first, last in pairwise(tokens)]
     own = [
         [factor.detach()[first:last].clone().requires_grad_() for factor in pool]
         for first, last in pairwise(ranks)
@@ -333,9 +333,9 @@ def grouped(extent: Extent, measure: Clock) -> Row:
     ways = {
         "grouped": at_once(grouped_sketched_linear),
         "sequential": Way(
-            lambda: [one(x[of], factors) for of, factors in zip(rows, own, strict=True)],
+            lambda: list(map(one, x.split(lengths), own)),
             [x, *(factor for factors in own for factor in factors)],
-            [dy[of] for of in rows],
+            [*dy.split(lengths)],
         ),
         "one adapter": Way(lambda: [one(x, own[0])], [x, *own[0]], [dy]),
         "base": Way(lambda: [functional.linear(x, weight)], [x], [dy]),

@@ -3,6 +3,7 @@
 The protocol was committed before the first run. Every run is an ordinary simulation, searched and
 summed up by ``fslora compare``, one comparison for each setting; what a finished run recorded is
 kept in benchmarks/results/protocol, so that another machine, or a later day, repeats nothing.
+``--protocol FILE`` runs another one, kept and reported likewise under the names that it gives.
 """
 
 from __future__ import annotations
@@ -30,8 +31,7 @@ from fslora.settings import merged
 
 HERE = Path(__file__).resolve().parent
 PROTOCOL = HERE / "protocol.toml"
-RESULTS = HERE / "results/protocol"
-DOCUMENT = HERE.parent / "docs/results.md"
+DOCUMENT = "docs/results.md"
 MARK = "<!-- What follows is written by `python -m benchmarks protocol`. -->"
 _PATHS = ("model", "data", "eval_data")
 
@@ -52,21 +52,24 @@ class Setting:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing of the table, and write it; return 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks protocol", description=__doc__)
+    parser.add_argument("--protocol", type=Path, default=PROTOCOL, help="another protocol")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--only", default="", help="settings by their slugs, comma-separated")
-    parser.add_argument("--out", type=Path, default=Path("runs/protocol"), help="the run folders")
+    parser.add_argument("--out", type=Path, help="the run folders; default runs/ and its name")
     parser.add_argument(
         "--collect", action="store_true", help="run nothing: keep what finished, write the table"
     )
     chosen = parser.parse_args(arguments)
     console = Console()
-    settings = read_protocol(PROTOCOL, chosen.out, chosen.jobs)
+    protocol: Path = chosen.protocol
+    out: Path = chosen.out or Path("runs") / protocol.stem
+    settings = read_protocol(protocol, out, chosen.jobs)
     wanted = chosen.only.split(",") if chosen.only else list(settings)
     if unknown := [slug for slug in wanted if slug not in settings]:
         parser.error(f"there is no setting {unknown[0]!r}; there is {', '.join(settings)}")
     for slug in wanted:
         setting = settings[slug]
-        store = RESULTS / f"{slug}.jsonl"
+        store = HERE / "results" / protocol.stem / f"{slug}.jsonl"
         folder = Path(setting.config.run.out)
         console.print(f"{slug}: {restore(store, folder, shared_data())} runs were finished before")
         try:
@@ -75,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             count = collect(folder, store, shared_data())
             console.print(f"{slug}: {count} finished runs are kept in {store}")
-    write_results(settings, chosen.out, console)
+    write_results(settings, out, HERE.parent / document_of(protocol), console)
     return 0
 
 
@@ -86,7 +89,8 @@ def read_protocol(path: Path, out: Path, jobs: int) -> dict[str, Setting]:
         path: a TOML file with the tables ``run`` and ``compare``, shared by all settings, and one
             ``[[setting]]`` for each with a ``slug``, its own ``run`` and ``compare``, and the
             strategies that only it has as ``also``. Models and data are named below the folder
-            of shared data.
+            of shared data. ``document`` names the page that is written, unless it is
+            docs/results.md.
         out: the folder of run folders.
         jobs: runs at a time.
 
@@ -112,7 +116,14 @@ def read_protocol(path: Path, out: Path, jobs: int) -> dict[str, Setting]:
     return settings
 
 
-def write_results(settings: Mapping[str, Setting], out: Path, console: Console) -> None:
+def document_of(path: Path) -> str:
+    """Return the page that a protocol's tables are written into, from the repository's root."""
+    return str(tomllib.loads(path.read_text(encoding="utf-8")).get("document", DOCUMENT))
+
+
+def write_results(
+    settings: Mapping[str, Setting], out: Path, document: Path, console: Console
+) -> None:
     """Write the table of the settings that are finished, and say which are not."""
     finished = [slug for slug in settings if (out / slug / COMPARE_FILE).is_file()]
     for slug in settings:
@@ -130,9 +141,9 @@ def write_results(settings: Mapping[str, Setting], out: Path, console: Console) 
     missing = [slug for slug in settings if slug not in finished]
     if missing:
         tables.insert(0, f"Not finished yet: {', '.join(missing)}.\n")
-    before = DOCUMENT.read_text(encoding="utf-8").partition(MARK)[0]
-    DOCUMENT.write_text(f"{before}{MARK}\n\n" + "\n".join(tables), encoding="utf-8")
-    console.print(f"tables: {DOCUMENT}\nreport: {report}")
+    before = document.read_text(encoding="utf-8").partition(MARK)[0]
+    document.write_text(f"{before}{MARK}\n\n" + "\n".join(tables), encoding="utf-8")
+    console.print(f"tables: {document}\nreport: {report}")
 
 
 def _text(value: Any) -> Any:  # noqa: ANN401

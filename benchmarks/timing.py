@@ -266,7 +266,7 @@ def _version(package: str) -> str:
 
 
 def git_commit() -> str:
-    """The commit of this checkout, with a plus where files differ from it."""
+    """The commit of this checkout, with a plus where files in it differ; new files do not count."""
     folder = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
@@ -274,6 +274,8 @@ def git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        return git("rev-parse", "--short", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

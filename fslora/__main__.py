@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fslora import __version__
+from fslora.errors import is_for_the_user
 
 Config = TypeVar("Config")
 
@@ -65,27 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as of `fslora … --help | head`: whoever reads has read enough
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - written to at exit
         return 141
-    except (ValueError, FileNotFoundError, NotImplementedError, RuntimeError) as error:
-        if not _is_for_the_user(error):
+    except Exception as error:
+        if not is_for_the_user(error):
             raise
         sys.stderr.write(f"fslora: {error}\n")
         return 2
     return 0
-
-
-def _is_for_the_user(error: Exception) -> bool:
-    """Whether the message says it all: it was raised in our own packages, or derives from it."""
-    from fslora.server import StoppedRunError
-
-    if isinstance(error, RuntimeError) and not isinstance(
-        error, StoppedRunError | NotImplementedError
-    ):
-        return False
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
-    return module.split(".")[0] in ("fslora", "fslora_kernels", "tyro")
 
 
 def _simulate(arguments: Sequence[str]) -> None:

@@ -112,6 +112,14 @@ def of_round(number: int) -> str:
     return f"the checkpoint of round {number}"
 
 
+def rounds_done(folder: Path) -> int:
+    """The number of the last round that a run recorded; 0 before the first."""
+    records = folder / RECORDS_FILE
+    if not records.is_file():
+        return 0
+    return max(records.read_bytes().count(b"\n") - 1, 0)
+
+
 def newest_round(folder: Path) -> str:
     """Name the checkpoint that a folder holds, for a message; nothing if it holds none."""
     try:
@@ -224,21 +232,6 @@ def _by_client(tensors: dict[str, Tensor]) -> _Clients:
         name, client_id = entry.split("/", 1)
         clients.setdefault(client_id, {})[name] = tensor
     return clients
-
-
-def save_residual(folder: Path, residual: Adapters) -> None:
-    """Write what a model's base weights have gained beside its adapter, if anything.
-
-    ``base_residual.safetensors`` holds "<module>/a" ``[K, D]`` and "<module>/b" ``[K, E]``; the
-    base weight ``[E, D]`` is to be increased by the adapter's scaling times bᵀa.
-    """
-    if residual:
-        tensors = {
-            f"{name}/{factor}": tensor.contiguous()
-            for name, pair in residual.items()
-            for factor, tensor in zip("ab", pair, strict=True)
-        }
-        disk.write_atomically(folder / "base_residual.safetensors", save(tensors))
 
 
 def append_record(folder: Path, record: dict[str, Any]) -> None:

@@ -244,12 +244,7 @@ class SimulateConfig:
             raise ValueError("name a model: --model ID or FOLDER, or try --preset demo")
         if not self.data:
             raise ValueError("name the data: --data texts.jsonl, or try --preset demo")
-        for name, low in _LOWEST.items():
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{flag(name)} must be at least {low}, got {getattr(self, name)}")
-        for name in ("alpha", "lr", "server_lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{flag(name)} must be positive, got {getattr(self, name)}")
+        self._check_numbers()
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora-dropout must be in [0, 1), got {self.lora_dropout}")
         if self.per_round > self.clients:
@@ -263,6 +258,17 @@ class SimulateConfig:
         self._check_options()
         self._check_clock()
         self._check_trust()
+
+    def _check_numbers(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{flag(name)} must be a finite number, got {value}")
+        for name, low in _LOWEST.items():
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{flag(name)} must be at least {low}, got {getattr(self, name)}")
+        for name in ("alpha", "lr", "server_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{flag(name)} must be positive, got {getattr(self, name)}")
 
     def _check_options(self) -> None:
         for name, paper in _FSLORA_OPTIONS.items():
@@ -361,13 +367,16 @@ class SimulateConfig:
         """The targets as figures of an evaluation and their values."""
         targets = []
         for part in self.column_names("targets"):
-            figure, _, value = part.rpartition(":")
+            figure, _, text = part.rpartition(":")
             try:
-                targets.append(Target({"": "metric", "loss": "loss"}[figure], float(value)))
-            except (KeyError, ValueError):
+                value = float(text)
+            except ValueError:
+                value = math.nan
+            if figure not in ("", "loss") or not math.isfinite(value):
                 raise ValueError(
                     f"--targets {part!r} is neither a score such as 0.7 nor a loss such as loss:2.5"
-                ) from None
+                )
+            targets.append(Target(figure or "metric", value))
         return tuple(targets)
 
     def column_names(self, name: str) -> tuple[str, ...]:

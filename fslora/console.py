@@ -124,7 +124,10 @@ def _target_line(row: dict[str, Any]) -> str:
 
 def closing_lines(folder: Path, report: Path | None, console: Console) -> None:
     """Say where the adapter and the report lie."""
-    console.print(f"adapter: {folder / 'adapter'} (load it with peft.PeftModel.from_pretrained)")
+    if (adapter := folder / "adapter").is_dir():
+        console.print(f"adapter: {adapter} (load it with peft.PeftModel.from_pretrained)")
+    else:
+        console.print("adapter: none, every client has a model of its own")
     if report is not None:
         console.print(f"report:  {report}")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 import fslora_kernels
 from fslora.client import heads
 from fslora.config import SimulateConfig
+from fslora.data import tasks
 from fslora.protocol import Adapters, Extras, LoRAWeights
 from fslora_kernels.seeds import fold_in
 
@@ -86,7 +87,8 @@ def load_model(config: SimulateConfig, labels: list[str], pad_token_id: int) -> 
         The fused PEFT model in its device; heads are trained whole.
 
     Raises:
-        ValueError: it cannot be loaded, or the target modules are not in it.
+        ValueError: it cannot be loaded, the target modules are not in it, texts may be longer than
+            its context, or it cannot be trained on the next token.
         NotImplementedError: the implementation cannot run on the device.
     """
     transformers_logging.set_verbosity_error()
@@ -107,14 +109,61 @@ def load_model(config: SimulateConfig, labels: list[str], pad_token_id: int) -> 
             base = auto.from_pretrained(path, **settings)
         except (OSError, ValueError, RuntimeError) as error:
             raise _unloadable("model", config.model, error) from error
+        _check_context(config, getattr(base_config, "max_position_embeddings", None))
         model = _with_adapter(base, config, TaskType.SEQ_CLS if classifying else None)
     # Clients train leaves of their own, never the factors of the resident model.
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.requires_grad_(requires_grad=False)
+    _put_heads_in_float32(model)
     model.to(resolve_device(config.device))
+    if not classifying:
+        _check_causal(model, config.model)
     fslora_kernels.fuse(model, config.implementation)
     return model
+
+
+def _check_context(config: SimulateConfig, positions: int | None) -> None:
+    if positions is not None and config.max_length > positions:
+        raise ValueError(
+            f"--max-length {config.max_length} is more than the {positions} tokens that "
+            f"{config.model} can read; lower it"
+        )
+
+
+@torch.no_grad()
+def _check_causal(model: nn.Module, name: str) -> None:
+    """Refuse a model that sees the tokens it is to predict, as an encoder such as BERT does."""
+    with tasks.evaluating(model):
+        device = next(model.parameters()).device
+        one, other = (
+            model(input_ids=torch.tensor([[0, 1, 0, last]], device=device)).logits[0, :3].float()
+            for last in (0, 1)
+        )
+    if (one - other).abs().max() > 1e-4 * one.abs().max():
+        raise ValueError(
+            f"{name} sees the tokens that it is to predict, as encoders such as BERT do; use "
+            "--task classification, or a model that generates text"
+        )
+
+
+def _put_heads_in_float32(model: PeftModel) -> None:
+    """Let heads be trained, averaged and sent in float32, as the adapters are.
+
+    In half precision a client's steps would be rounded away.
+    """
+    for name, parameter in heads(model).items():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+            module = model.get_submodule(name.rpartition(".")[0])
+            if not module._forward_pre_hooks:
+                module.register_forward_pre_hook(_inputs_in_float32)
+
+
+def _inputs_in_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
+    )
 
 
 def _with_adapter(base: nn.Module, config: SimulateConfig, task_type: TaskType | None) -> PeftModel:
@@ -127,14 +176,22 @@ def _with_adapter(base: nn.Module, config: SimulateConfig, task_type: TaskType |
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         task_type=task_type,
     )
+    paths = [name for name, _ in base.named_modules()]
+    for target in targets:
+        if target != "all-linear" and not any(f".{path}".endswith(f".{target}") for path in paths):
+            raise _untargetable(base, config, f"no layer is named {target}.")
     try:
         return get_peft_model(base, adapter)
     except ValueError as error:
-        linear = {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if type(m) is nn.Linear}
-        raise ValueError(
-            f"--target-modules {config.target_modules}: {str(error).splitlines()[0]} "
-            f"Its linear layers are named {', '.join(sorted(linear))}; or use all-linear"
-        ) from None
+        raise _untargetable(base, config, str(error).splitlines()[0]) from None
+
+
+def _untargetable(base: nn.Module, config: SimulateConfig, why: str) -> ValueError:
+    linear = {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if type(m) is nn.Linear}
+    return ValueError(
+        f"--target-modules {config.target_modules}: {why} Its linear layers are named "
+        f"{', '.join(sorted(linear))}; or use all-linear"
+    )
 
 
 def _unloadable(what: str, model: str, error: Exception) -> ValueError:

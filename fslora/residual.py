@@ -55,11 +55,17 @@ def grown(state: ServerState, tasks: Sequence[ClientTask], addition: Adapters) -
 
 
 def held_bytes(residual: Adapters, memory: _Memory) -> int:
-    """Return how many bytes of the residual a client has received before."""
-    return sum(
-        residual[name].size_bytes // residual[name].rank * int(rows)
-        for name, rows in memory.items()
-    )
+    """Return how many bytes of the residual's factors need not travel to a client.
+
+    It has received some rows before, or what is new to it is sent as a matrix ``[E, D]``, wherever
+    that is smaller.
+    """
+    spared = 0
+    for name, pair in residual.items():
+        received = pair.size_bytes // pair.rank * int(memory.get(name, 0))
+        matrix = pair.lora_a.shape[1] * pair.lora_b[0].nbytes
+        spared += max(received, pair.size_bytes - matrix)
+    return spared
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import numpy as np
 from fslora.aggregation import in_task_order
 from fslora.client import download_bytes, upload_bytes
 from fslora.clock import FAILED, Clock, Plan, Times
+from fslora.errors import StoppedRunError
 from fslora.faults import SLOWDOWN
 from fslora.protocol import ClientFn, ClientTask, ClientUpdate, Engine, ServerState, Strategy
 from fslora.trust import Limits
@@ -20,12 +21,20 @@ from fslora_kernels.seeds import fold_in
 _ABSENT = ("it was not available", FAILED)
 
 
-class StoppedRunError(RuntimeError):
-    """A run cannot go on; the state before the round is the last good one, and is kept."""
+# Rounds in a row that may be lost to bad luck before a run stops and says why.
+_MOST_LOST = 5
 
 
 class NoUsableUpdateError(StoppedRunError):
-    """Every client of a round failed."""
+    """Every client of a round failed.
+
+    Attributes:
+        lost: the round's record, where nobody is to blame: absence, crashes, the deadline.
+    """
+
+    def __init__(self, message: str, lost: RoundRecord | None = None) -> None:
+        super().__init__(message)
+        self.lost = lost
 
 
 class DivergedError(StoppedRunError):
@@ -201,16 +210,16 @@ def run_round(
             noted(task, None, plan.unused[task.client_id])
     unavailable = [client_id for client_id in cohort if client_id not in present]
     asked_nobody = bool(present) and not tasks  # a strategy may: nobody trains
-    if not trained and not asked_nobody:
-        raise _nobody(number, unavailable, list(records.values()))
-    new_state = strategy.aggregate(state, tasks, accepted())
+    # Without anybody's answer no optimizer steps, not even by its momentum.
+    new_state = strategy.aggregate(state, tasks, accepted()) if trained or asked_nobody else state
     for task in trained:
         if task.client_id not in records:
             noted(task, None, "it did not answer")
-    if not asked_nobody and all(record.rejected for record in records.values()):
-        raise _nobody(number, unavailable, list(records.values()))
     record = _round_record(number, tasks, records, plan, time.perf_counter() - start)
-    return counted(new_state, refused), replace(record, unavailable=unavailable)
+    record = replace(record, unavailable=unavailable)
+    if not asked_nobody and all(client.rejected for client in record.clients):
+        raise _nobody(record, blamed=bool(refused))
+    return counted(new_state, refused), record
 
 
 def rounds(
@@ -245,7 +254,10 @@ def rounds(
     Raises:
         ValueError: more clients a round than clients.
         NoUsableUpdateError: no client's update could be used; what was yielded before stands.
+            Rounds that were lost to absence, crashes or the deadline alone are recorded and leave
+            the model as it was, unless there are several in a row.
     """
+    lost = 0
     while state.round < until:
         away = quarantined(state, clients, limits)
         asked = [client_id for client_id in clients if client_id not in away]
@@ -253,7 +265,16 @@ def rounds(
             raise NoUsableUpdateError("every client is in quarantine; raise --quarantine")
         size = min(per_round, len(asked)) if away else per_round
         cohort = draw_cohort(state.key, state.round + 1, asked, size)
-        state, record = run_round(state, strategy, engine, client, cohort, on_client, clock, limits)
+        try:
+            state, record = run_round(
+                state, strategy, engine, client, cohort, on_client, clock, limits
+            )
+            lost = 0
+        except NoUsableUpdateError as error:
+            lost += 1
+            if error.lost is None or lost == _MOST_LOST:
+                raise
+            state, record = replace(state, round=state.round + 1), error.lost
         record = replace(record, quarantined=sorted(away))
         if record.sim_seconds is not None:
             sim_seconds += record.sim_seconds
@@ -261,23 +282,27 @@ def rounds(
         yield state, record
 
 
-def _nobody(
-    number: int, unavailable: Sequence[str], records: Sequence[ClientRecord]
-) -> NoUsableUpdateError:
+def _nobody(record: RoundRecord, *, blamed: bool) -> NoUsableUpdateError:
     """The error of a round without a usable update, with the remedy for why it had none."""
-    reasons = dict.fromkeys(unavailable, "it was not available")
-    reasons |= {record.id: record.rejected or "" for record in records}
+    reasons = dict.fromkeys(record.unavailable, "it was not available")
+    reasons |= {client.id: client.rejected or "" for client in record.clients}
     remedy = "Lower --lr, set --clip-norm 1, or use --dtype float32"
-    late = [r.sim_seconds for r in records if r.sim_seconds and "deadline" in (r.rejected or "")]
+    late = [
+        client.sim_seconds
+        for client in record.clients
+        if client.sim_seconds and "deadline" in (client.rejected or "")
+    ]
     if late:
         remedy = f"Raise --deadline: the fastest of the late needed {min(late):.3g} s"
     elif all(reason in _ABSENT for reason in reasons.values()):
         remedy = "Raise --over-select or --per-round, or give --devices more availability"
     elif any("memory" in reason for reason in reasons.values()):
+        blamed = True
         remedy = "Lower --max-length, or take a smaller model or --dtype bfloat16"
     listed = "; ".join(f"{client_id}: {reason}" for client_id, reason in reasons.items())
     return NoUsableUpdateError(
-        f"round {number}: no client's update could be used ({listed}). {remedy}"
+        f"round {record.round}: no client's update could be used ({listed}). {remedy}",
+        None if blamed else record,
     )
 
 

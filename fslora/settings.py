@@ -71,7 +71,8 @@ def continued(saved: SimulateConfig, asked: SimulateConfig) -> SimulateConfig:
         The config to go on with.
 
     Raises:
-        ValueError: a setting differs that would make the result another one.
+        ValueError: a setting differs that would make the result another one, or the run has more
+            rounds than are asked for.
     """
     before, after = saved.to_json(), asked.to_json()
     changed = [n for n in before if n not in _FREE_ON_RESUME and before[n] != after[n]]
@@ -80,6 +81,14 @@ def continued(saved: SimulateConfig, asked: SimulateConfig) -> SimulateConfig:
         raise ValueError(
             f"the run in {asked.out} was started otherwise: {listed}; leave these flags out, or "
             "start a new run with another --out"
+        )
+    from fslora import checkpoint
+
+    done = checkpoint.rounds_done(Path(asked.out))
+    if done > asked.rounds:
+        raise ValueError(
+            f"the run in {asked.out} has {done} rounds, and {asked.rounds} are asked for; ask for "
+            "as many, or choose another --out"
         )
     kept = {name: getattr(asked, name) for name in ("rounds", "out", "targets")}
     return replace(saved, **kept, resume=True)

@@ -15,7 +15,8 @@ from fslora.client import LocalTrainer
 from fslora.config import SimulateConfig
 from fslora.data.federated import fingerprints
 from fslora.engines import sequential
-from fslora.models import put_state, take_state
+from fslora.export import save_adapter
+from fslora.models import take_state
 from fslora.prepare import Run, examples_of, limits_of, make_client, make_clock, prepare
 from fslora.privacy import epsilon
 from fslora.protocol import ServerState
@@ -129,15 +130,14 @@ def checked_folder(config: SimulateConfig) -> SimulateConfig:
 
 
 def _write_adapter(run: Run, state: ServerState) -> None:
-    """Write the global adapter as a PEFT checkpoint, with what the base weights have gained."""
-    put_state(run.model, state.adapters, state.extras)
-
-    def write(folder: str) -> None:
-        run.model.save_pretrained(folder)
-        checkpoint.save_residual(Path(folder), state.base_residual)
-
-    with disk.explained_errors(run.folder, checkpoint.of_round(state.round)):
-        disk.replace_folder(run.folder / "adapter", write)
+    """Write the global adapter as a PEFT checkpoint, where all clients have one model."""
+    states = run.strategy.evaluated(state)
+    if len(states) == 1:
+        with disk.explained_errors(run.folder, checkpoint.of_round(state.round)):
+            disk.replace_folder(
+                run.folder / "adapter",
+                lambda folder: save_adapter(run.model, states[0], Path(folder)),
+            )
 
 
 def _first_state(run: Run) -> ServerState:

@@ -74,6 +74,7 @@ class SketchedAdamW(Optimizer):
         Rule(lr, betas, eps, weight_decay)
         check_implementation(implementation)
         self.implementation = implementation
+        self._model = model
         self._factors = _factors(model)
         if not self._factors:
             raise ValueError(
@@ -83,6 +84,21 @@ class SketchedAdamW(Optimizer):
             params = [parameter for parameter in model.parameters() if parameter.requires_grad]
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, settings)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, such as those of an adapter that the model has got since."""
+        super().add_param_group(param_group)
+        self._factors = _factors(self._model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles: the model too, to find its factors by."""
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "implementation": self.implementation, "_model": self._model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a state, whole or only that of the parameters."""
+        super().__setstate__(state)
+        self._factors = _factors(self._model)
 
     @torch.no_grad()
     def step(  # type: ignore[override]

@@ -142,7 +142,8 @@ def tune(
 ) -> Iterator[Measured]:
     """Try the candidates of every kernel and number of ranks, and yield the best of each.
 
-    A candidate that does not compile, does not fit, or computes something else is left out.
+    A candidate that does not compile, does not fit, or computes something else is left out, with
+    factors of x's dtype or with float32 ones, which PEFT has by default and which need more space.
 
     Args:
         device: where to measure.
@@ -161,10 +162,12 @@ def tune(
         for ranks in PADDED_RANKS:
             default = TILES[kernel, target, arithmetic][ranks]
             problems = [_problem(kernel, ranks, shape, device, dtype) for shape in shapes]
-            wanted = [problem(default) for problem in problems]
+            wide = _problem(kernel, ranks, shapes[0], device, dtype, torch.float32)
+            checked = [*problems, wide]
+            wanted = [problem(default) for problem in checked]
             times = {default: [measure(_bind(problem, default)) for problem in problems]}
             for tiles in CANDIDATES[kernel]:
-                if tiles != default and _computes(problems, tiles, wanted):
+                if tiles != default and _computes(checked, tiles, wanted):
                     times[tiles] = [measure(_bind(problem, tiles)) for problem in problems]
             shares = {
                 tiles: statistics.geometric_mean(
@@ -183,9 +186,14 @@ def _bind(problem: Callable[[Tiles], Tensor], tiles: Tiles) -> Callable[[], Tens
 
 
 def _problem(
-    kernel: str, ranks: int, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+    kernel: str,
+    ranks: int,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    factors: torch.dtype | None = None,
 ) -> Callable[[Tiles], Tensor]:
-    """Return a call of one kernel on random data, for given tiles."""
+    """Return a call of one kernel on random data, for given tiles; factors are of x's dtype."""
     from fslora_kernels._launch import MAX_RANKS
     from fslora_kernels.ops.sketched_linear import backend_triton
     from fslora_kernels.ops.sketched_linear.op import Arguments
@@ -199,8 +207,8 @@ def _problem(
         return (values * std).to(dtype)
 
     x = draw(tokens, features_in)
-    lora_a = draw(ranks, features_in, std=features_in**-0.5)
-    lora_b = draw(ranks, features_out, std=ranks**-0.5)
+    lora_a = draw(ranks, features_in, std=features_in**-0.5).to(factors or dtype)
+    lora_b = draw(ranks, features_out, std=ranks**-0.5).to(factors or dtype)
     arguments = Arguments(x, None, lora_a, lora_b, None, None, 1.0, 0.0, 0)
     if kernel == "apply":
         return lambda tiles: _output(

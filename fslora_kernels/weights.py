@@ -66,6 +66,22 @@ def check_whole(tensor: Tensor, name: str, remedy: str) -> None:
         raise ValueError(f"{name} is a {type(tensor).__name__}, not a plain tensor; {remedy}")
 
 
+def check_index_kind(index: Tensor) -> None:
+    """Check what can be checked of an index set without waiting for a GPU.
+
+    Args:
+        index: int64 ``[S]``.
+
+    Raises:
+        ValueError: it is of another dtype or has other dimensions.
+    """
+    if index.ndim != 1 or index.dtype != torch.int64:
+        raise ValueError(
+            f"an index set is a one-dimensional int64 tensor, got {index.dtype} of shape "
+            f"{tuple(index.shape)}; build it with torch.tensor([...], dtype=torch.int64)"
+        )
+
+
 def check_index(index: Tensor, rank: int) -> None:
     """Check that ``index`` is a valid index set of a rank-``rank`` adapter.
 
@@ -76,11 +92,7 @@ def check_index(index: Tensor, rank: int) -> None:
     Raises:
         ValueError: naming what is wrong and what a valid index set is.
     """
-    if index.ndim != 1 or index.dtype != torch.int64:
-        raise ValueError(
-            f"an index set is a one-dimensional int64 tensor, got {index.dtype} of shape "
-            f"{tuple(index.shape)}; build it with torch.tensor([...], dtype=torch.int64)"
-        )
+    check_index_kind(index)
     if index.numel() == 0:
         raise ValueError("the index set is empty; a sketch keeps at least one rank")
     ranks = index.tolist()  # once off the device; and for so few faster than operations on tensors

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fslora import disk
-from fslora.compare.runs import rounds_done, run_all
+from fslora import checkpoint, disk
+from fslora.compare.runs import run_all
 from fslora.compare.search import found_for, search, trials_of
 from fslora.compare.settings import CompareConfig
 from fslora.compare.table import tabulate
@@ -107,7 +107,7 @@ def _bar(
         bar = bars.add_task("", total=sum(run.rounds for run in runs), ended=0)
 
         def on_round() -> None:
-            done = [min(rounds_done(run), run.rounds) for run in runs]
+            done = [min(checkpoint.rounds_done(Path(run.out)), run.rounds) for run in runs]
             ended = sum(at == run.rounds for at, run in zip(done, runs, strict=True))
             bars.update(bar, completed=sum(done), ended=ended)
 

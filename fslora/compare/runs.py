@@ -12,8 +12,8 @@ from pathlib import Path
 
 from fslora import checkpoint
 from fslora.config import SimulateConfig
+from fslora.errors import StoppedRunError, is_for_the_user
 from fslora.report.records import read_object
-from fslora.server import StoppedRunError
 from fslora.settings import continued, merged, read_settings
 from fslora.simulate import Watcher, simulate
 
@@ -63,24 +63,11 @@ def finished(config: SimulateConfig) -> bool:
     settings = folder / "config.json"
     saved = SimulateConfig(**merged(None, read_settings(settings), str(settings)))
     continued(saved, config)
-    done = rounds_done(config)
-    if done > config.rounds:
-        raise ValueError(
-            f"the run in {folder} has {done} rounds, and {config.rounds} are asked for; ask for "
-            "as many, or choose another --out"
-        )
+    done = checkpoint.rounds_done(folder)
     summary = folder / "summary.json"
     # A run that is being extended has the summary of its earlier end.
     ended = done == config.rounds == saved.rounds and summary.is_file()
     return ended and "split" in read_object(summary)
-
-
-def rounds_done(config: SimulateConfig) -> int:
-    """The number of the last round that a run recorded; 0 before the first."""
-    records = Path(config.out) / checkpoint.RECORDS_FILE
-    if not records.is_file():
-        return 0
-    return max(records.read_bytes().count(b"\n") - 1, 0)
 
 
 def _train(config: SimulateConfig, on_round: Callable[[], None] = lambda: None) -> str:
@@ -96,18 +83,34 @@ def _train(config: SimulateConfig, on_round: Callable[[], None] = lambda: None) 
     return ""
 
 
+def _train_apart(config: SimulateConfig) -> str | Exception:
+    """Train in a process of its own; return an error that is for the user, to be raised at home."""
+    try:
+        return _train(config)
+    except Exception as error:
+        if is_for_the_user(error):
+            return error
+        raise
+
+
+def _reason(result: str | Exception) -> str:
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
 def _in_processes(
     configs: Sequence[SimulateConfig], jobs: int, on_round: Callable[[], None]
 ) -> dict[str, str]:
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    failures: dict[str, str] = {}
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet) as pool:
-        futures = {pool.submit(_train, config): config.out for config in configs}
+        futures = {pool.submit(_train_apart, config): config.out for config in configs}
         waiting = set(futures)
         try:
             while waiting:
                 ended, waiting = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
-                for future in ended:
-                    future.result()
+                failures |= {futures[future]: _reason(future.result()) for future in ended}
                 on_round()
         except BaseException:
             # Ended at any moment, a run can be continued; waiting for it could take hours.
@@ -115,7 +118,7 @@ def _in_processes(
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
-    return {out: future.result() for future, out in futures.items()}
+    return failures
 
 
 def _quiet() -> None:

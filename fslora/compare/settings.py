@@ -64,6 +64,11 @@ class CompareConfig:
         """Refuse values that cannot work, each by its flag."""
         if (Path(self.run.out) / "config.json").is_file():
             raise ValueError(f"{self.run.out} holds a run of its own; choose another --out")
+        if self.run.strategy != "fslora" or self.run.seed or self.run.resume:
+            raise ValueError(
+                "--strategy, --seed and --resume are those of one run: name --strategies and "
+                "--seeds; the same command again goes on with a comparison"
+            )
         if self.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {self.jobs}")
         if self.search_rounds < 0:
@@ -107,6 +112,8 @@ class CompareConfig:
             name, _, values = part.strip().partition("=")
             name = name.replace("-", "_")
             found[name] = [option(name, value, "--search") for value in values.split(",")]
+            if len(set(found[name])) < len(found[name]):
+                raise ValueError(f"--search tries a value of {name} twice: {values}")
         return found
 
     @property

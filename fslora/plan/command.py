@@ -33,7 +33,7 @@ def make_plan(config: PlanConfig, console: Console) -> Plan:
         ValueError: a setting, the data or the model cannot work, or the target is out of reach.
         StoppedRunError: a pilot diverged.
     """
-    run = prepare(replace(config.run, devices="", deadline=0.0, over_select=1.0))
+    run = prepare(replace(config.run, devices="", deadline=0.0, over_select=1.0, faults=""))
     costs = count_costs(run)
     limits = Limits(config.run.deadline, 1e6 * config.traffic_mb)
     feasible = feasible_sizes(costs, config.fleet, limits)  # known before any pilot

@@ -33,6 +33,7 @@ def pilots_of(config: PlanConfig) -> list[SimulateConfig]:
             devices="",
             deadline=0.0,
             over_select=1.0,
+            faults="",
             targets="",
             eval_every=1,
             eval_sketched=False,
@@ -84,8 +85,17 @@ def reached(record: dict[str, Any], target: Target) -> bool:
 
 
 def curve_of(config: SimulateConfig, target: Target) -> Curve:
-    """Run a pilot and return its curve."""
+    """Run a pilot and return its curve.
+
+    Raises:
+        ValueError: there is nothing to learn before the target.
+    """
     records = run_to(config, target)
+    if reached(records[0], target):
+        raise ValueError(
+            f"the target {target.value:g} is reached before any training; name a better score "
+            "with --targets"
+        )
     used = [
         client["ratio"]
         for record in records

@@ -35,9 +35,11 @@ def probe(config: ProbeConfig, console: Console) -> Device:
         ValueError: the run cannot work, or the file has a device of this name already.
     """
     path = Path(config.table)
+    if path.is_dir():
+        raise ValueError(f"--table {path} is a folder; name a file")
     if path.is_file() and config.name in _names(path):
         raise ValueError(f"{path} has a device {config.name} already; give another --name")
-    run = prepare(replace(config.run, devices="", deadline=0.0, over_select=1.0))
+    run = prepare(replace(config.run, devices="", deadline=0.0, over_select=1.0, faults=""))
     ratio, mapped = config.run.ratio_values[0], read_in(run.model)
     # The model is loaded already; what it takes is the device's to give, and not free any more
     # unless its file is mapped.
@@ -123,5 +125,8 @@ def table_of(device: Device) -> str:
 
 
 def _names(path: Path) -> list[str]:
-    tables = tomllib.loads(path.read_text(encoding="utf-8")).get("device", [])
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8")).get("device", [])
+    except ValueError as error:
+        raise ValueError(f"--table {path} is not valid TOML: {error}") from None
     return [str(table.get("name")) for table in tables]

@@ -174,6 +174,8 @@ def _rejected(run: Run) -> str:
 
 
 def _reload(run: Run) -> str:
+    if run.config.get("strategy") == "local-only":
+        return ""  # every client has a model of its own
     classifier = run.config.get("task") == "classification"
     auto = f"AutoPeftModelFor{'SequenceClassification' if classifier else 'CausalLM'}"
     labels = ", num_labels=…" if classifier else ""

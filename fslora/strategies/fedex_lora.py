@@ -5,8 +5,8 @@
 so that the effective weight is the exact mean of the clients'. Every client trains all R ranks.
 The residual is kept and sent as the stack of the Bᵢ, Aᵢ and the averaged pair.
 
-Bytes of one client and round: up Σ over modules of R (D + E) · itemsize; down that plus
-Σ over modules of K (D + E) · itemsize, K = Σ (N + 1) R over the rounds since it last took part
+Bytes of one client and round: up Σ over modules of R (D + E) · itemsize; down that plus Σ over
+modules of min(K (D + E), D E) · itemsize, K = Σ (N + 1) R over the rounds since it last took part
 (the whole residual where it never did, or where more than min(D, E) rows made it worth rewriting).
 Heads whole, each way.
 

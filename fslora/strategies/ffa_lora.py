@@ -32,7 +32,16 @@ def ffa_lora(
     server_optimizer: ServerOptimizer = "fedavg",
     server_lr: float = 1.0,
 ) -> Strategy:
-    """Build the strategy; the arguments are those of ``fslora``, and no ratio matters."""
+    """Build the strategy; the arguments are those of ``fslora``, and no ratio matters.
+
+    Raises:
+        ValueError: the server optimizer decays weights, A's too.
+    """
+    if server_optimizer == "fedadamw":
+        raise ValueError(
+            "ffa-lora keeps A, which the weight decay of fedadamw would shrink; use "
+            "--server-opt fedadam"
+        )
     local = replace(local, trainable="b")
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:

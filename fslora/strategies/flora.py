@@ -7,9 +7,9 @@ own rank: random Aᵢ, Bᵢ = 0. The scale s is α/R on every client and in the 
 so the stack needs no scale of its own.
 
 Bytes of one client and round: up Σ over modules of Sᵢ (D + E) · itemsize; down Σ over modules of
-K (D + E) · itemsize, K = Σⱼ Sⱼ over the clients of every round since it last took part (the whole
-residual where it never did, or where more than min(D, E) rows made it worth rewriting). A fresh
-adapter follows from the seed and does not travel. Heads whole, each way.
+min(K (D + E), D E) · itemsize, K = Σⱼ Sⱼ over the clients of every round since it last took part
+(the whole residual where it never did, or where more than min(D, E) rows made it worth rewriting).
+A fresh adapter follows from the seed and does not travel. Heads whole, each way.
 
 Source: arXiv 2409.05976; here clients weigh alike, there by their number of examples.
 """

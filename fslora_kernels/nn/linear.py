@@ -128,6 +128,8 @@ def _vanilla_reason(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for name in layer.active_adapters:
         if name in layer.lora_variant:
             return "an active adapter is a LoRA variant"
+        if name in layer.scaling and (kept := _dropout_reason(layer.lora_dropout[name])):
+            return f"its dropout {kept}"
         if name in layer.scaling and layer.restrictions.get(name, UNRESTRICTED).leaves is None:
             for factor in (layer.lora_A[name], layer.lora_B[name]):
                 if type(factor) is not nn.Linear:
@@ -135,6 +137,15 @@ def _vanilla_reason(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
                 if (altered := _altered(factor)) is not None:
                     return f"a factor of the adapter {altered}"
     return None
+
+
+def _dropout_reason(dropout: nn.Module) -> str | None:
+    """Say why a dropout module is more than a probability, or None."""
+    if type(dropout) not in (nn.Dropout, nn.Identity):
+        return f"is a {type(dropout).__name__}"
+    if dropout.training and getattr(dropout, "p", 0.0) >= 1:
+        return "drops everything"
+    return _altered(dropout)
 
 
 def _add_adapter(
@@ -164,7 +175,7 @@ def _add_adapter(
         if base_bias is not None:
             bias = base_bias if bias is None else base_bias + bias
     drop = layer.lora_dropout[name]
-    dropout = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
+    dropout = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
     delta = unchecked(
         x, weight, lora_a, lora_b, index, bias, scale, dropout, None, layer.implementation
     )

@@ -85,6 +85,7 @@ def test_fuse_sees_a_sketch_that_is_not_applied(monkeypatch, dry):
     result = gpu.run_stage("fuse", dry)
     wrong = [row["what"] for row in result["rows"] if not row["ok"]]
     assert result["status"] == "failed"
+    assert wrong
     assert all("S=4" in what for what in wrong)
 
 

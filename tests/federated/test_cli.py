@@ -76,6 +76,7 @@ def test_bench_runs_the_repository_s_benchmarks_or_says_how_to_get_them(
 BAD = {
     "--model": ({"model": ""}, "name a model"),
     "module": ({"target_modules": "q_porj"}, "q_porj"),
+    "one of them": ({"target_modules": "q_proj,k_porj"}, "no layer is named k_porj"),
     "ratio 0": ({"ratios": "0"}, "(0, 1]"),
     "ratio 2": ({"ratios": "1/2,2"}, "(0, 1]"),
     "ratio word": ({"ratios": "half"}, "not a list of numbers"),

@@ -24,6 +24,7 @@ from fslora.compare.statistics import difference, ratio, spread, t_quantile, ver
 from fslora.compare.table import check_splits
 from fslora.config import SimulateConfig
 from fslora.data.federated import fingerprints
+from fslora.errors import is_for_the_user
 from fslora.prepare import prepare
 from fslora.server import NoUsableUpdateError
 from fslora.simulate import Watcher, simulate
@@ -125,6 +126,14 @@ def test_other_settings_in_the_same_folder_are_refused(track):
         compare(replace(first, run=replace(first.run, rounds=1)), QUIET)
     with pytest.raises(ValueError, match="holds a run of its own"):
         CompareConfig(replace(first.run, out=str(Path(first.run.out) / "runs/fslora/seed-0")))
+
+
+def test_another_process_tells_the_user_as_this_one_does(track, monkeypatch):
+    monkeypatch.setattr(compare_runs, "ProcessPoolExecutor", one_worker)
+    hopeless = replace(track, jobs=2, run=replace(track.run, text_column="nothing"))
+    with pytest.raises(ValueError, match="nothing") as caught:
+        compare(hopeless, QUIET)
+    assert is_for_the_user(caught.value)
 
 
 def test_another_process_changes_no_bit(track, monkeypatch):
@@ -231,6 +240,9 @@ def test_bad_settings_are_one_clear_message(track, tmp_path):
         ({"seeds": "0,0"}, "different numbers"),
         ({"seeds": "one"}, "not a list"),
         ({"jobs": 0}, "--jobs"),
+        ({"search": "lr=1e-3,0.001"}, "a value of lr twice"),
+        ({"run": replace(track.run, seed=7)}, "name --strategies and --seeds"),
+        ({"run": replace(track.run, strategy="hetlora")}, "name --strategies and --seeds"),
     ):
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
             asked(**changes)

@@ -245,7 +245,7 @@ def rows_of_residual(task, module):
 
 @pytest.mark.parametrize("name", ["flora", "fedex-lora"])
 def test_a_residual_is_downloaded_once_by_each_client(tiny_llama, name):
-    """Rounds of two clients at rank 1: nothing is rewritten before a module has min(D, E) rows."""
+    """Rounds of two clients at rank 1; what is more than a matrix travels as the matrix."""
     strategy, state, client = make(tiny_llama, name, (1 / 8,) * 4)
     own = {"flora": (0, 1), "fedex-lora": (ALL, ALL)}[name]  # ranks of its adapter: down, up
     grows = {"flora": 2, "fedex-lora": 3 * ALL}[name]  # rows of a round of two
@@ -258,9 +258,10 @@ def test_a_residual_is_downloaded_once_by_each_client(tiny_llama, name):
         for task in tasks:
             down = up = 0
             for module, pair in state.adapters.items():
-                row = (pair.lora_a.shape[1] + pair.lora_b.shape[1]) * ITEM
+                features_in, features_out = pair.lora_a.shape[1], pair.lora_b.shape[1]
+                row = (features_in + features_out) * ITEM
                 new = there[module] - seen[task.client_id][module]
-                down += (own[0] + new) * row
+                down += own[0] * row + min(new * row, features_in * features_out * ITEM)
                 up += own[1] * row
                 seen[task.client_id][module] = there[module]
             assert download_bytes(task)[0] == down

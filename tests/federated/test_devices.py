@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,12 +17,12 @@ from fslora.engines import sequential
 from fslora.protocol import POOLED, ClientTask, LocalRule, LoRAWeights
 from fslora.report.plots import draw_time
 from fslora.report.records import read_run
-from fslora.server import NoUsableUpdateError, run_round
+from fslora.server import NoUsableUpdateError, rounds, run_round
 from fslora.simulate import Watcher, simulate
 from fslora.summary import cost_of, device_classes
 
 from .test_simulate import outcome, records
-from .worlds import CLIENTS, examples, world
+from .worlds import CLIENTS, examples, tensors_of, world
 
 NEW_FIELDS = {"sim_seconds", "sim_seconds_total", "unavailable"}
 NEW_CLIENT_FIELDS = {"device", "sim_seconds", "sim_down_seconds", "sim_compute_seconds"}
@@ -177,6 +178,33 @@ def test_a_round_that_nobody_makes_says_why(tiny_llama, figures, deadline, messa
     timed = clock(dict.fromkeys(CLIENTS, 1.0), deadline=deadline, **figures)
     with pytest.raises(NoUsableUpdateError, match=message):
         run_round(state, strategy, sequential, client, CLIENTS, clock=timed)
+
+
+def test_a_lost_round_is_recorded_and_five_in_a_row_stop_the_run(tiny_llama):
+    _, strategy, state, client = world(tiny_llama, (1.0, 1.0, 1.0, 1.0))
+    rare = clock(dict.fromkeys(CLIENTS, 1.0), availability=0.2)
+    steps = partial(rounds, state, strategy, sequential, client, CLIENTS, per_round=2)
+    seen = list(steps(until=12, clock=rare))
+    lost = [record for _, record in seen if not record.clients]
+    assert [record.round for _, record in seen] == list(range(1, 13))
+    assert 0 < len(lost) < 12
+    states = [state, *(after for after, _ in seen)]
+    for before, (after, record) in zip(states, seen, strict=False):
+        assert after.round == record.round == before.round + 1
+        old, new = tensors_of(before), tensors_of(after)
+        assert all(torch.equal(old[name], new[name]) for name in old) == (record in lost)
+    assert all(len(record.unavailable) == 2 and record.train_loss is None for record in lost)
+    never = clock(dict.fromkeys(CLIENTS, 1.0), availability=1e-9)
+    seen = []
+    with pytest.raises(NoUsableUpdateError, match="round 5: no client's"):
+        seen.extend(steps(until=12, clock=never))
+    assert [record.round for _, record in seen] == [1, 2, 3, 4]
+
+    def diverged(task):
+        return replace(client(task), metrics={"loss": math.nan})
+
+    with pytest.raises(NoUsableUpdateError, match=r"round 1: .*training loss is not finite"):
+        list(rounds(state, strategy, sequential, diverged, CLIENTS, per_round=2, until=2))
 
 
 def test_operations_are_those_of_one_real_step(tiny_llama):

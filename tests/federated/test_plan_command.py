@@ -152,6 +152,13 @@ def test_bad_plans_are_refused_by_their_flag(asked, what):
         PlanConfig(run=run, **own)
 
 
+def test_a_target_that_is_reached_already_is_refused_after_one_pilot(asked, capsys):
+    plan = {**asked, "targets": "loss:99"}
+    assert main(["plan", *flags(plan)]) == 2
+    assert "is reached before any training" in capsys.readouterr().err
+    assert len(list((Path(asked["out"]) / "pilots").iterdir())) == 1
+
+
 def test_a_plan_takes_a_file_of_settings_and_flags_over_it(asked, tmp_path, capsys):
     path = tmp_path / "run.toml"
     lines = [
@@ -179,3 +186,9 @@ def test_a_probe_writes_a_device_that_a_fleet_takes(settings, tmp_path, capsys):
     assert main(["probe", *probing]) == 2
     assert "has a device mine already" in capsys.readouterr().err
     assert replace(other, name="mine").share == 0.5
+    for bad, message in ((tmp_path, "is a folder"), (tmp_path / "damaged.toml", "not valid TOML")):
+        if bad != tmp_path:
+            bad.write_text("[[device]\n")
+        again = flags(settings, name="third", table=bad, seconds=0.01, share=0.5)
+        assert main(["probe", *again]) == 2
+        assert message in capsys.readouterr().err

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fslora import checkpoint, server
 from fslora.config import SimulateConfig
+from fslora.models import take_state
 from fslora.prepare import prepare
 from fslora.server import DivergedError, NoUsableUpdateError
 from fslora.simulate import Watcher, simulate
@@ -154,6 +155,8 @@ def test_a_folder_is_never_overwritten_nor_continued_otherwise(settings):
         simulate(config)
     with pytest.raises(ValueError, match=r"--lr 0.5 \(was 0.01\)"):
         simulate(replace(config, resume=True, lr=0.5))
+    with pytest.raises(ValueError, match="has 2 rounds, and 1 are asked for"):
+        simulate(replace(config, resume=True, rounds=1))
     assert outcome(config.out) == before
 
 
@@ -222,6 +225,28 @@ def test_classification_trains_and_ships_the_head(settings, tiny_bert, tmp_path)
     shipped = {n: p for n, p in loaded.named_parameters() if "modules_to_save" in n}
     for name, tensor in state.extras.items():
         assert torch.equal(shipped[name], tensor)
+
+
+def test_heads_are_float32_on_a_half_precision_base(settings, tiny_bert):
+    config = SimulateConfig(
+        **{**settings, "model": str(tiny_bert), "task": "classification", "dtype": "bfloat16"},
+        target_modules="query,value",
+    )
+    before = take_state(prepare(config).model)[1]
+    simulate(config)
+    after = checkpoint.load_state(Path(config.out)).extras
+    for name, tensor in after.items():
+        assert before[name].dtype == tensor.dtype == torch.float32
+        assert not torch.equal(tensor, before[name])
+        assert not torch.equal(tensor, tensor.bfloat16().float()), "no rounded steps"
+
+
+def test_what_a_model_cannot_do_is_refused_when_it_is_loaded(settings, tiny_bert):
+    encoder = {"model": str(tiny_bert), "target_modules": "query,value"}
+    with pytest.raises(ValueError, match=r"sees the tokens .* --task classification"):
+        simulate(SimulateConfig(**{**settings, **encoder}))
+    with pytest.raises(ValueError, match=r"--max-length 4096 is more than the .* lower it"):
+        simulate(SimulateConfig(**{**settings, "max_length": 4096}))
 
 
 def test_instruction_runs(settings, tmp_path):

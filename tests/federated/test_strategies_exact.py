@@ -1,6 +1,7 @@
 """The sums that strategies promise, against dense algebra; published bugs would fail here."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -279,6 +280,21 @@ def test_averaging_one_factor_is_exact_and_the_other_stays(tiny_llama, factory):
                 products.append(dense(LoRAWeights(*factors)))
             assert (products[0] - products[1]).norm() > 1e-6
             torch.testing.assert_close(dense(got), sum(products) / 4)
+
+
+@pytest.mark.parametrize("optimizer", ["fedavgm", "fedadam", "fedyogi"])
+def test_no_server_optimizer_moves_the_a_of_ffa_lora(tiny_llama, optimizer):
+    _, strategy, state, client = world(
+        tiny_llama, RATIOS, SGD, partial(ffa_lora, server_optimizer=optimizer)
+    )
+    for _ in range(2):
+        before = state
+        state, *_ = trained(strategy, before, client)
+        for name, (a, b) in state.adapters.items():
+            assert torch.equal(a, before.adapters[name].lora_a)
+            assert not torch.equal(b, before.adapters[name].lora_b)
+    with pytest.raises(ValueError, match="weight decay of fedadamw would shrink"):
+        ffa_lora({}, SGD, server_optimizer="fedadamw")
 
 
 def test_rolora_downloads_what_a_client_missed(tiny_llama):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from fslora.config import SimulateConfig
@@ -12,6 +14,8 @@ DP = {"dp_clip": 1.0, "dp_noise": 1.0}
     ("flags", "message"),
     [
         ({"max_norm": -1.0}, "--max-norm must be at least 0"),
+        ({"max_norm": math.inf}, "--max-norm must be a finite number"),
+        ({"targets": "loss:nan"}, "is neither a score"),
         ({"quarantine": -1}, "--quarantine must be at least 0"),
         ({"trim": 0.5}, "--trim must be in"),
         ({"min_coverage": 0}, "--min-coverage must be at least 1"),

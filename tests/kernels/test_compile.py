@@ -135,3 +135,9 @@ def test_the_operator_is_what_torch_expects_of_one():
     for dropout in (0.0, 0.5):
         arguments = (x, weight, *factors, index, bias, None, 2.0, dropout, torch.tensor(7))
         torch.library.opcheck(traced._forward, arguments)
+        strided = (torch.randn(32, 3).t().requires_grad_(), *arguments[1:])
+        torch.library.opcheck(traced._forward, strided)
+        with torch.no_grad():
+            _, h, mask = traced._forward(*strided)
+            saved = (strided[0], weight, *factors, index, None, h, mask, 2.0, dropout)
+            torch.library.opcheck(traced._backward, (torch.randn(3, 16), *saved, [True] * 3))

@@ -306,6 +306,28 @@ def test_dropout_drops_in_training_only():
         assert not torch.equal(model.train()(x), model(x))
 
 
+@pytest.mark.parametrize("dropout", [nn.AlphaDropout(0.5), nn.Dropout(1.0), "hooked"])
+def test_a_dropout_that_is_more_than_a_probability_is_left_to_peft(dropout):
+    model = tiny(nn.Linear(6, 4), lora_dropout=0.5)
+    fslora_kernels.fuse(model)
+    (name,) = fslora_kernels.modules(model)
+    layer = model.get_submodule(name)
+    calls = []
+    if dropout == "hooked":
+        dropout = nn.Dropout(0.5)
+        dropout.register_forward_hook(lambda *_: calls.append("called"))
+    layer.lora_dropout["default"] = dropout
+    found = []
+    for _ in range(2):
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            found.append(model.train()(torch.ones(2, 6)))
+        fslora_kernels.unfuse(model)
+    assert torch.equal(*found)
+    assert len(calls) in (0, 2)
+    fslora_kernels.fuse(model)
+
+
 @pytest.mark.parametrize(
     ("act", "message"),
     [

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig
 
 import fslora_kernels
 from fslora_kernels import SketchedAdamW
@@ -164,6 +165,37 @@ def test_a_closure_is_called_with_gradients_and_its_loss_returned(shared_data):
     assert optimizer.step(closure) > 0
     after = [tensor for _, tensor in factors(model)]
     assert all((new != old).any() for new, old in zip(after, before, strict=True))
+
+
+def test_an_adapter_that_is_added_later_is_stepped_by_its_sketch(shared_data):
+    model = fused(llama, shared_data)
+    optimizer = SketchedAdamW(model, **RULE)
+    model.add_adapter("two", LoraConfig(r=RANKS, target_modules=["q_proj"]))
+    model.set_adapter("two")
+    fslora_kernels.fuse(model)
+    own = [p for n, p in model.named_parameters() if ".two." in n]
+    optimizer.add_param_group({"params": own})
+    before = [p.clone() for p in own]
+    names = [name for name in fslora_kernels.modules(model) if name.endswith("q_proj")]
+    indices = dict.fromkeys(names, torch.tensor([0, 1]))
+    fslora_kernels.sketch(model, indices, adapter_name="two")
+    train(model, optimizer, tokens(model))
+    for new, old in zip(own, before, strict=True):
+        moved = (new != old).any(dim=1 if len(new) == RANKS else 0)
+        assert not moved[2:].any()
+    assert any((new != old).any() for new, old in zip(own, before, strict=True))
+
+
+def test_a_copy_of_model_and_optimizer_goes_on_with_the_same_bits(shared_data):
+    model = fused(llama, shared_data)
+    optimizer = SketchedAdamW(model, **RULE)
+    ids, sketches = tokens(model), [drawn(model, seed=5)]
+    train(model, optimizer, ids, sketches=sketches)
+    copied, its = copy.deepcopy((model, optimizer))
+    train(model, optimizer, ids, sketches=sketches)
+    train(copied, its, ids, sketches=sketches)
+    for (_, one), (_, other) in zip(factors(model), factors(copied), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_what_cannot_be_is_refused(shared_data, monkeypatch):

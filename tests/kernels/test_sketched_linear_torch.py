@@ -189,6 +189,8 @@ def test_cost_is_what_the_flop_counter_counts():
         ({"dropout": 1.0}, "dropout must be"),
         ({"implementation": "cuda"}, "unknown implementation"),
         ({"scale": torch.ones((), requires_grad=True)}, "not differentiated"),
+        ({"scale": torch.ones(1)}, "scale must be one number"),
+        ({"index": torch.tensor([True, False])}, "int64"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fslora_kernels.ops.grouped_sketched_linear.op import Arguments, GroupedSketchedLinear, choose
 from fslora_kernels.ops.sketched_linear.interface import in_compute_dtype
-from fslora_kernels.weights import check_devices, check_index
+from fslora_kernels.weights import check_devices, check_index, check_index_kind
 
 
 def grouped_sketched_linear(
@@ -169,10 +169,12 @@ def _check_groups(
             "token_offsets and rank_offsets must both be [groups + 1] for at least one group, got "
             f"{len(token_offsets)} and {len(rank_offsets)} offsets"
         )
+    if index is not None:
+        check_index_kind(index)
     rows, entries = ("lora_a", lora_a) if index is None else ("index", index)
     for name, offsets, of, size in (
         ("token_offsets", token_offsets, "x", x.shape[0]),
-        ("rank_offsets", rank_offsets, rows, entries.shape[0] if entries.ndim else 0),
+        ("rank_offsets", rank_offsets, rows, entries.shape[0]),
     ):
         if offsets[0] != 0 or offsets[-1] != size:
             raise ValueError(
@@ -190,14 +192,11 @@ def _check_groups(
 
 def _check_index(index: Tensor, rank_offsets: tuple[int, ...], pool: int) -> None:
     """Check all groups at once, and one by one only to say what is wrong."""
-    if index.ndim == 1 and index.dtype == torch.int64:
-        ascending = index[1:] > index[:-1]
-        ascending[[first - 1 for first in rank_offsets[1:-1]]] = True
-        low, high = (int(bound) for bound in index.aminmax())
-        if low >= 0 and high < pool and bool(ascending.all()):
-            return
-    else:
-        check_index(index, pool)
+    ascending = index[1:] > index[:-1]
+    ascending[[first - 1 for first in rank_offsets[1:-1]]] = True
+    low, high = (int(bound) for bound in index.aminmax())
+    if low >= 0 and high < pool and bool(ascending.all()):
+        return
     for group, (first, last) in enumerate(pairwise(rank_offsets)):
         try:
             check_index(index[first:last], pool)

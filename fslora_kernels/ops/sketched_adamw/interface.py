@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fslora_kernels.ops.sketched_adamw.op import Arguments, Rule, backend, choose, count_step
-from fslora_kernels.weights import check_devices, check_index, check_whole
+from fslora_kernels.weights import check_devices, check_index, check_index_kind, check_whole
 
 
 @torch.no_grad()
@@ -80,8 +80,10 @@ def _check(arguments: Arguments) -> None:
         )
     check_whole(parameter, "parameter", "use torch.optim.AdamW under fully_shard")
     ranks, features = parameter.shape
-    if index is not None and index.device.type == "cpu":
-        check_index(index, ranks)
+    if index is not None:
+        check_index_kind(index)
+        if index.device.type == "cpu":
+            check_index(index, ranks)
     size = ranks if index is None else len(index)
     if gradient.shape not in ((ranks, features), (size, features)):
         raise ValueError(

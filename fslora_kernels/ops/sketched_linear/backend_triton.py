@@ -121,7 +121,10 @@ def apply(
     gain, index = arguments.kept_gain, arguments.index
     mask = drop_x if drop_y is None else drop_y
     # An int would be compiled in, one kernel per value.
-    gain = gain.to(torch.float32).contiguous() if isinstance(gain, Tensor) else float(gain)
+    if isinstance(gain, Tensor):
+        gain = gain.to(x_TF.device, torch.float32).contiguous()
+    else:
+        gain = float(gain)
     constants = apply_constants(
         tiles,
         padded,
@@ -143,7 +146,7 @@ def apply(
         x=x_TF,
         u=u_RF,
         v=v_RG,
-        index=None if index is None else index.to(torch.int64).contiguous(),
+        index=None if index is None else index.contiguous(),
         gain=gain,
         bias=None if bias is None else bias.to(x_TF.dtype).contiguous(),
         mask=mask,
@@ -214,7 +217,7 @@ def wgrad(
         REDUCE,
         x_TF,
         partial=partial,
-        index=None if index is None else index.to(torch.int64).contiguous(),
+        index=None if index is None else index.contiguous(),
         out=out_RF,
         ranks=ranks,
         features=features,

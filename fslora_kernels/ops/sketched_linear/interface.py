@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fslora_kernels.ops.sketched_linear.op import Arguments, compute
 from fslora_kernels.ops.sketched_linear.traced import traceable
-from fslora_kernels.weights import check_devices, check_index
+from fslora_kernels.weights import check_devices, check_index, check_index_kind
 
 
 def sketched_linear(
@@ -66,6 +66,10 @@ def sketched_linear(
     check(x, weight, lora_a, lora_b, index, bias, rank_weight)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if dropout and seed is not None and torch.compiler.is_compiling():
+        raise ValueError("inside torch.compile the dropout mask is torch's own; leave out the seed")
+    if isinstance(scale, Tensor) and scale.ndim:
+        raise ValueError(f"scale must be one number, got shape {tuple(scale.shape)}")
     gain = scale if rank_weight is None else rank_weight * scale
     if isinstance(gain, Tensor):
         if gain.requires_grad:
@@ -141,8 +145,10 @@ def check(
         )
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias must be [{out_features}], got {tuple(bias.shape)}")
-    if index is not None and index.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_index(index, rank)
+    if index is not None:
+        check_index_kind(index)
+        if index.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_index(index, rank)
     size = rank if index is None else index.shape[0]
     if rank_weight is not None and rank_weight.shape != (size,):
         raise ValueError(f"rank_weight must be [{size}], got {tuple(rank_weight.shape)}")

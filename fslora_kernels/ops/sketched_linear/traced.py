@@ -133,9 +133,11 @@ def _(
     _dropout: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, da, db = (
-        torch.empty_like(like) if needed else x.new_empty(0)
-        for like, needed in zip((x, lora_a, lora_b), needs, strict=True)
+    needs_x, needs_a, needs_b = needs
+    dx = x.new_empty(x.shape if needs_x else 0)  # contiguous, whatever the strides of x
+    da, db = (
+        torch.empty_like(factor) if needed else x.new_empty(0)
+        for factor, needed in ((lora_a, needs_a), (lora_b, needs_b))
     )
     return dx, da, db
 

@@ -1,0 +1,20 @@
+"""Which errors are told to the user in a line, without a traceback."""
+
+from __future__ import annotations
+
+
+class StoppedRunError(RuntimeError):
+    """A run cannot go on; the state before the round is the last good one, and is kept."""
+
+
+def is_for_the_user(error: Exception) -> bool:
+    """Whether the message says it all: it was raised in our own packages, or derives from it."""
+    if not isinstance(
+        error, ValueError | FileNotFoundError | NotImplementedError | StoppedRunError
+    ):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return module.split(".")[0] in ("fslora", "fslora_kernels", "tyro")
