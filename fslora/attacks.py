@@ -77,8 +77,7 @@ def _lie(threat: Threat, task: ClientTask, update: ClientUpdate) -> ClientUpdate
     if threat.attack == "wrong-ranks":
         return mapped(update, lambda change: change.roll(1, dims=0), extras=False)
     generator = torch.Generator().manual_seed(fold_in(task.key, "attack"))
-    count = sum(t.numel() for p in update.delta.values() for t in p)
-    count += sum(t.numel() for t in update.extras.values())
+    count = sum(tensor.numel() for tensor in update.tensors())
     deviation = threat.strength * update_norm(update) / math.sqrt(count)
 
     def noise(change: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -115,12 +116,23 @@ class LocalTrainer:
 
 @torch.no_grad()
 def _changes(leaves: Adapters, received: Adapters) -> Adapters:
-    """Subtract, on the CPU, in one call for all; a factor that is not trained has no rows."""
-    both = [each for name in received for each in zip(leaves[name], received[name], strict=True)]
-    trained = [(new.cpu(), old) for new, old in both if new.requires_grad]
-    changes = iter(torch._foreach_sub(*map(list, zip(*trained, strict=True))) if trained else ())
-    found = (next(changes) if new.requires_grad else old[:0] for new, old in both)
-    return {name: LoRAWeights(next(found), next(found)) for name in received}
+    """Turn what was trained into its change, on the CPU: in place, and in one call for all.
+
+    A factor that is not trained has no rows.
+    """
+    found, trained, before = [], [], []
+    for name, pair in received.items():
+        for new, old in zip(leaves[name], pair, strict=True):
+            if new.requires_grad:
+                new.grad = None
+                found.append(new.detach_().cpu())
+                trained.append(found[-1])
+                before.append(old)
+            else:
+                found.append(old[:0])
+    if trained:
+        torch._foreach_sub_(trained, before)
+    return dict(zip(received, map(LoRAWeights, found[::2], found[1::2]), strict=True))
 
 
 def _seed(key: int, device: torch.device) -> None:
@@ -190,6 +202,11 @@ def payload_bytes(adapters: Adapters, extras: Extras) -> tuple[int, int]:
     )
 
 
+def head_bytes(task: ClientTask) -> int:
+    """Return the bytes of a task's heads, which travel whole, there and back."""
+    return 0 if task.private else payload_bytes({}, task.extras)[1]
+
+
 def download_bytes(task: ClientTask) -> tuple[int, int]:
     """Return what the server sends one client: (adapter, head)."""
     if task.private:
@@ -205,10 +222,6 @@ def upload_bytes(task: ClientTask) -> tuple[int, int]:
     """Return what a client answers to a task: (adapter, head)."""
     if task.private:
         return 0, 0
-    factors = [
-        factor
-        for pair in task.adapters.values()
-        for factor, trained in zip(pair, task.local.trained, strict=True)
-        if trained
-    ]
-    return sum(factor.nbytes for factor in factors), payload_bytes({}, task.extras)[1]
+    trained = task.local.trained
+    factors = (factor for pair in task.adapters.values() for factor in compress(pair, trained))
+    return sum(factor.nbytes for factor in factors), head_bytes(task)

@@ -212,6 +212,10 @@ class ClientUpdate:
     failure: str | None = None
     refused: str | None = None
 
+    def tensors(self) -> list[Tensor]:
+        """Return the whole change: each module's A and B, then the heads."""
+        return [factor for pair in self.delta.values() for factor in pair] + [*self.extras.values()]
+
 
 @dataclass(frozen=True, slots=True)
 class ServerState:

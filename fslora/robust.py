@@ -135,9 +135,8 @@ def update_norm(update: ClientUpdate) -> float:
 
     It does not depend on their order, which a resumed run may have otherwise.
     """
-    tensors = [t for pair in update.delta.values() for t in pair] + list(update.extras.values())
     try:
-        return math.sqrt(math.fsum(float(t.double().square().sum()) for t in tensors))
+        return math.sqrt(math.fsum(float(t.double().square().sum()) for t in update.tensors()))
     except OverflowError:
         return math.inf
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from fslora.aggregation import in_task_order
-from fslora.client import download_bytes, upload_bytes
+from fslora.client import download_bytes, head_bytes, upload_bytes
 from fslora.clock import FAILED, Clock, Plan, Times
 from fslora.errors import StoppedRunError
 from fslora.faults import SLOWDOWN
@@ -319,7 +320,7 @@ def _client_record(
         bytes_up=sum(upload_bytes(task)) if sent else 0,
         bytes_down=sum(download_bytes(task)),
         examples=0 if update is None else update.num_examples,
-        loss=loss if loss is not None and np.isfinite(loss) else None,
+        loss=loss if loss is not None and math.isfinite(loss) else None,
         rejected=reason,
         device=None if times is None else times.device,
         sim_seconds=None if times is None else times.seconds,
@@ -347,29 +348,26 @@ def _round_record(
     plan: Plan,
     seconds: float,
 ) -> RoundRecord:
-    sent = [task for task in tasks if records[task.client_id].bytes_up]
-    used = [task for task in tasks if records[task.client_id].rejected is None]
-    down, up = _sum(map(download_bytes, tasks)), _sum(map(upload_bytes, sent))
-    losses = [loss for task in used if (loss := records[task.client_id].loss) is not None]
+    clients = [records[task.client_id] for task in tasks]
+    sent = [task for task, client in zip(tasks, clients, strict=True) if client.bytes_up]
+    used = [task for task, client in zip(tasks, clients, strict=True) if client.rejected is None]
+    losses = [c.loss for c in clients if c.rejected is None and c.loss is not None]
+    up, head_up = sum(client.bytes_up for client in clients), sum(map(head_bytes, sent))
+    down, head_down = sum(client.bytes_down for client in clients), sum(map(head_bytes, tasks))
     return RoundRecord(
         round=number,
         train_loss=sum(losses) / len(losses) if losses else None,
-        bytes_up=sum(up),
-        bytes_down=sum(down),
-        adapter_bytes_up=up[0],
-        adapter_bytes_down=down[0],
-        head_bytes_up=up[1],
-        head_bytes_down=down[1],
+        bytes_up=up,
+        bytes_down=down,
+        adapter_bytes_up=up - head_up,
+        adapter_bytes_down=down - head_down,
+        head_bytes_up=head_up,
+        head_bytes_down=head_down,
         wall_seconds=seconds,
         coverage=_coverage(used),
-        clients=[records[task.client_id] for task in tasks],
+        clients=clients,
         sim_seconds=plan.seconds,
     )
-
-
-def _sum(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    adapters, heads = zip((0, 0), *sizes, strict=True)
-    return sum(adapters), sum(heads)
 
 
 def _coverage(tasks: Sequence[ClientTask]) -> list[float]:

@@ -14,6 +14,7 @@ from fslora.robust import update_norm
 from fslora.trust import Limits
 
 NO_LIMITS = Limits()
+_ROUNDING = 1e-6  # more than two ways to sum a norm's squares can differ by
 
 
 def rejection(task: ClientTask, update: ClientUpdate, limits: Limits = NO_LIMITS) -> str | None:
@@ -35,7 +36,7 @@ def rejection(task: ClientTask, update: ClientUpdate, limits: Limits = NO_LIMITS
     known = limits.examples.get(task.client_id, limits.max_examples)
     if update.num_examples > known:
         return f"it claims {update.num_examples} examples and can have {known}"
-    return _tensors_rejection(task, update) or _norm_rejection(task, update, limits.max_norm)
+    return _form_rejection(task, update) or _size_rejection(update, limits.max_norm)
 
 
 def quarantined(state: ServerState, clients: Sequence[str], limits: Limits) -> frozenset[str]:
@@ -53,22 +54,18 @@ def counted(state: ServerState, refused: Iterable[str]) -> ServerState:
     return replace(state, rejections=rejections)
 
 
-def _tensors_rejection(task: ClientTask, update: ClientUpdate) -> str | None:
+def _form_rejection(task: ClientTask, update: ClientUpdate) -> str | None:
     if update.delta.keys() != task.adapters.keys() or update.extras.keys() != task.extras.keys():
         return "its modules are not those that it was given"
-    changes: list[tuple[str, Tensor]] = []
+    trained = task.local.trained
     for name, pair in task.adapters.items():
-        for factor, given, trained in zip(
-            update.delta[name], pair, task.local.trained, strict=True
-        ):
-            if (reason := _misfit(factor, given if trained else given[:0])) is not None:
+        for change, given, travels in zip(update.delta[name], pair, trained, strict=True):
+            if (reason := _misfit(change, given if travels else given[:0])) is not None:
                 return f"{name} {reason}"
-            changes.append((name, factor))
     for name, given in task.extras.items():
         if (reason := _misfit(update.extras[name], given)) is not None:
             return f"{name} {reason}"
-        changes.append((name, update.extras[name]))
-    return _not_finite(changes)
+    return None
 
 
 def _misfit(delta: Tensor, given: Tensor) -> str | None:
@@ -79,19 +76,19 @@ def _misfit(delta: Tensor, given: Tensor) -> str | None:
     return None
 
 
-def _not_finite(changes: Sequence[tuple[str, Tensor]]) -> str | None:
-    """Look at all tensors in one call; only where that finds something, at each."""
-    filled = [change for _, change in changes if change.numel()]
-    largest = torch._foreach_norm(filled, math.inf) if filled else []
-    if all(map(math.isfinite, largest)):
+def _size_rejection(update: ClientUpdate, most: float) -> str | None:
+    """Look at all numbers in one call; only where that is not enough, at each tensor."""
+    changes = update.tensors()
+    if not changes:
         return None
-    name = next(name for name, change in changes if not bool(torch.isfinite(change).all()))
-    return f"{name} is not finite"
-
-
-def _norm_rejection(task: ClientTask, update: ClientUpdate, most: float) -> str | None:
-    tensors = [t for pair in task.adapters.values() for t in pair] + list(task.extras.values())
     # Finite terms may have a sum that is not; below this no cohort's has, nor its square.
-    most = most or min((math.sqrt(torch.finfo(t.dtype).max) for t in tensors), default=math.inf)
+    most = most or min(math.sqrt(torch.finfo(dtype).max) for dtype in {t.dtype for t in changes})
+    numbers = torch.cat([change.ravel() for change in changes])
+    if torch.linalg.vector_norm(numbers, dtype=torch.float64) < (1 - _ROUNDING) * most:
+        return None
+    names = [name for name in update.delta for _ in "ab"] + list(update.extras)
+    for name, change in zip(names, changes, strict=True):
+        if not bool(torch.isfinite(change).all()):
+            return f"{name} is not finite"
     norm = update_norm(update)
     return None if norm <= most else f"its norm is {norm:.3g}, above {most:.3g}"

@@ -56,13 +56,13 @@ def _named(
             raise ValueError(f"no fused LoRA layer is named {name!r}; fused layers are {known}, …")
         adapter = adapter_name
         if adapter is None:
-            active = [a for a in layer.active_adapters if a in layer.lora_A]
+            active = [a for a in layer.active_adapters if a in layer.r]
             if len(active) != 1:
                 raise ValueError(
                     f"{name} has the active adapters {active}; name one with adapter_name="
                 )
             adapter = active[0]
-        if adapter not in layer.lora_A or adapter in layer.lora_variant:
+        if adapter not in layer.r or adapter in layer.lora_variant:
             raise ValueError(f"{name} has no plain LoRA adapter {adapter!r}")
         yield name, layer, adapter
 
@@ -157,14 +157,12 @@ def bind(
     layers = fused_layers(model)
     named = list(_named(layers, adapters, adapter_name))
     for name, layer, adapter in named:
-        leaves = adapters[name]
-        rank, wanted = leaves.rank, (layer.in_features, layer.out_features)
-        found = (leaves.lora_a.shape[1], leaves.lora_b.shape[1])
-        if found != wanted or leaves.lora_b.shape[0] != rank or not 0 < rank <= layer.r[adapter]:
+        (rank, *inputs), b_shape = (tuple(factor.shape) for factor in adapters[name])
+        most, wanted = layer.r[adapter], (layer.in_features, layer.out_features)
+        if not 0 < rank <= most or inputs != [wanted[0]] or b_shape != (rank, wanted[1]):
             raise ValueError(
-                f"the leaves of {name} are {tuple(leaves.lora_a.shape)} and "
-                f"{tuple(leaves.lora_b.shape)}, but the layer takes [S, {wanted[0]}] and "
-                f"[S, {wanted[1]}] with S at most {layer.r[adapter]}"
+                f"the leaves of {name} are {(rank, *inputs)} and {b_shape}, but the layer takes "
+                f"[S, {wanted[0]}] and [S, {wanted[1]}] with S at most {most}"
             )
     if isinstance(scale, Mapping):
         _check_scales(scale, adapters)
