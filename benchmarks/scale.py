@@ -3,7 +3,10 @@
 Every cell is one real run in a process of its own: data for all clients, a hundred of them a
 round, one local step each, checkpoint and record after every round. The clock is CPU time in one
 thread, split by what asked for it; all that is neither a local step, nor tokenising a client's
-rows the first time, nor evaluating, is orchestration.
+rows the first time, nor evaluating, is orchestration. Two figures put it into proportion: the same
+less the optimizer and the first batch of a client, which any training loop makes; and a naive loop
+over randperm, gather, clone, subtract and index_add, with the same local steps in between, because
+what runs between local steps finds cold caches, and takes several times as long as alone.
 """
 
 from __future__ import annotations
@@ -29,10 +32,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+import fslora_kernels
 from benchmarks.timing import append_record, provenance
-from fslora import checkpoint, client, evaluation, prepare, simulate
+from fslora import checkpoint, client, evaluation, prepare, ranks, simulate
 from fslora.config import SimulateConfig
 from fslora.data.causal_lm import CausalLM
+from fslora.models import take_state
+from fslora.protocol import LoRAWeights
 from fslora.server import RoundRecord
 
 Cell = dict[str, Any]
@@ -51,9 +57,11 @@ ORCHESTRATION, STEPS, TOKENS, EVALUATION = (
     "tokenising",
     "evaluation",
 )
+LOOP = "optimizer and first batch"  # of orchestration
 START, MODEL = "start", "loading the model"
 OTHER = (STEPS, TOKENS, EVALUATION)
 WARM_UP = 1  # rounds in which torch and the caches warm up
+NAIVE_ROUNDS = 3
 
 
 @dataclass
@@ -81,6 +89,19 @@ class Clock:
                 return function(*arguments, **named)
             finally:
                 self.add(part, process_time() - start)
+
+        return call
+
+    def batches(self, function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        """Return ``client._batches`` with the time of each client's first batch noted."""
+
+        def call(*arguments: Any) -> Iterator[Any]:  # noqa: ANN401
+            start = process_time()
+            found = function(*arguments)
+            first = next(found)
+            self.add(LOOP, process_time() - start)
+            yield first
+            yield from found
 
         return call
 
@@ -121,12 +142,14 @@ def watched(clock: Clock) -> Iterator[None]:
         (prepare, "load_tokenizer", MODEL),
         (prepare, "prepare", START),
         (CausalLM, "encode", TOKENS),
+        (ranks, "_optimizer", LOOP),
     ]
     with ExitStack() as stack:
         for owner, name, part in parts:
             stack.enter_context(patch.object(owner, name, clock.timed(part, getattr(owner, name))))
         stack.enter_context(patch.object(simulate, "prepare", prepare.prepare))
         stack.enter_context(patch.object(CausalLM, "loss", clock.loss(CausalLM.loss)))
+        stack.enter_context(patch.object(client, "_batches", clock.batches(client._batches)))
         steps = clock.steps(client.LocalTrainer._train)
         stack.enter_context(patch.object(client.LocalTrainer, "_train", steps))
         yield
@@ -146,8 +169,9 @@ def measure(cell: Cell, folder: Path) -> Cell:
     """Run one cell in this process.
 
     Returns:
-        "start_s" beyond loading the model, "rss_mb" at most, "modules", and "rounds": the CPU
-        seconds of each round by part, "orchestration" being what is in none of the others.
+        "start_s" beyond loading the model, "rss_mb" at most, "modules", "naive_s" of a round, and
+        "rounds": the CPU seconds of each round by part, "orchestration" being what is in none of
+        the others.
     """
     torch.set_num_threads(1)
     data = folder / "texts.jsonl"
@@ -198,8 +222,48 @@ def measure(cell: Cell, folder: Path) -> Cell:
         "start_s": start_s,
         "rss_mb": peak,
         "modules": summary["modules"],
+        "naive_s": naive(prepare.prepare(config)),
         "rounds": rounds,
     }
+
+
+def naive(run: prepare.Run) -> float:
+    """Measure the least that a loop can do beside the same local steps: CPU seconds of a round.
+
+    Each client draws its ranks, gathers them twice, trains one copy, subtracts, adds to a sum.
+    Nothing is checked, recorded or kept.
+    """
+    trainer = client.LocalTrainer(run.model, run.task, prepare.examples_of(run))
+    _, layers, _ = trainer._resident
+    adapters, _ = take_state(run.model)
+    total = {n: LoRAWeights(*map(torch.zeros_like, pair)) for n, pair in adapters.items()}
+    seconds = []
+    for number in range(NAIVE_ROUNDS + WARM_UP):
+        spent = 0.0
+        for place in range(run.config.per_round):
+            name = run.data.names[(number * run.config.per_round + place) % len(run.data.names)]
+            examples, size = trainer.data[name], round(run.config.rank * run.ratio_of_id[name])
+            start = process_time()
+            drawn = {n: torch.randperm(pair.rank)[:size] for n, pair in adapters.items()}
+            sent = {n: LoRAWeights(*(t[drawn[n]] for t in pair)) for n, pair in adapters.items()}
+            leaves = {
+                n: LoRAWeights(*(t.clone().requires_grad_() for t in pair))
+                for n, pair in sent.items()
+            }
+            spent += process_time() - start
+            fslora_kernels.bind(layers, leaves)
+            own = [factor for pair in leaves.values() for factor in pair]
+            optimizer = torch.optim.AdamW(own, lr=run.config.lr, fused=True)
+            loss = run.task.loss(run.model, examples.take(torch.randperm(len(examples))[:1]))
+            loss.backward()
+            optimizer.step()
+            start = process_time()
+            for n, pair in leaves.items():
+                for rows, new, old in zip(total[n], pair, sent[n], strict=True):
+                    rows.index_add_(0, drawn[n], new.detach() - old)
+            spent += process_time() - start
+        seconds.append(spent)
+    return statistics.median(seconds[WARM_UP:])
 
 
 def apart(cell: Cell) -> Cell:
@@ -215,20 +279,20 @@ def median_of(found: Cell, part: str, rounds: slice = slice(WARM_UP, None)) -> f
     return statistics.median(one.get(part, 0.0) for one in found["rounds"][rounds])
 
 
-def unit_ms(found: Cell) -> float:
-    """Orchestration in milliseconds for each client, round and adapted module."""
-    each = found["cell"]["per_round"] * found["modules"]
-    return 1e3 * median_of(found, ORCHESTRATION) / each
+def unit_ms(found: Cell, seconds: float) -> float:
+    """Seconds of a round as milliseconds for each client, round and adapted module."""
+    return 1e3 * seconds / (found["cell"]["per_round"] * found["modules"])
 
 
 def line(found: Cell) -> str:
     """A cell as a row of the table."""
-    cell = found["cell"]
+    cell, all_of_it = found["cell"], median_of(found, ORCHESTRATION)
     names = "  ".join(f"{cell[name]:>9}" for name in BASE if name != "layers")
-    figures = [unit_ms(found), 1e3 * median_of(found, ORCHESTRATION), 1e3 * median_of(found, STEPS)]
+    seconds = (all_of_it, all_of_it - median_of(found, LOOP), found["naive_s"])
+    units = "  ".join(f"{unit_ms(found, each):>9.4f}" for each in seconds)
     return (
-        f"{names}  {found['modules']:>7}  {figures[0]:>9.4f}  {figures[1]:>8.0f}  "
-        f"{figures[2]:>8.0f}  {found['rss_mb']:>7.0f}  {found['start_s']:>7.2f}"
+        f"{names}  {found['modules']:>7}  {units}  {1e3 * all_of_it:>8.0f}  "
+        f"{1e3 * median_of(found, STEPS):>8.0f}  {found['rss_mb']:>7.0f}  {found['start_s']:>7.2f}"
     )
 
 
@@ -262,9 +326,23 @@ def main(arguments: Sequence[str]) -> int:
             profiler.runcall(measure, base, Path(folder))
             pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(30)
             return 0
-    print("one thread, CPU time; ms: orchestration for each client, round and module; medians")
+    print("one thread, CPU time, medians; ms for each client, round and module: orchestration, the")
+    print("same less optimizer and first batch, and a naive loop between the same local steps")
     heads = [*(f"{name:>9}" for name in BASE if name != "layers"), "modules"]
-    print("  ".join([*heads, "       ms", "ms/round", "   steps", " RSS MB", "start s"]))
+    print(
+        "  ".join(
+            [
+                *heads,
+                "       ms",
+                "     less",
+                "    naive",
+                "ms/round",
+                "   steps",
+                " RSS MB",
+                "start s",
+            ]
+        )
+    )
     for name, values in GROWTH.items():
         if chosen.only in (None, name):
             for value in values:

@@ -59,17 +59,20 @@ def _blocks(updates: Iterable[ClientUpdate]) -> Iterator[list[ClientUpdate]]:
         yield block
 
 
-def _fold(total: LoRAWeights, own: Sequence[tuple[Sketch, LoRAWeights]], *, inverse: bool) -> None:
-    """Add changes of one module into the ranks that they are of, in their order."""
+def _fold(
+    total: LoRAWeights, drawn: Sequence[Sketch], changes: Sequence[LoRAWeights], *, inverse: bool
+) -> Tensor:
+    """Add changes of one module into the ranks that they are of, in their order; return these."""
 
     def weighed(sketch: Sketch, change: Tensor) -> Tensor:
-        return (change * sketch.inverse_probability).to(change.dtype) if inverse else change
+        return (change * sketch.inverse_probability).to(change.dtype)
 
-    for place, rows in enumerate(total):
-        changed = [(sketch, pair[place]) for sketch, pair in own if pair[place].shape[0]]
-        if changed:  # nothing where the factor is not trained
-            ranks = torch.cat([sketch.rows for sketch, _ in changed])
-            rows.index_add_(0, ranks, torch.cat([weighed(*each) for each in changed]))
+    ranks = torch.cat([sketch.rows for sketch in drawn])
+    for rows, factors in zip(total, zip(*changes, strict=True), strict=True):
+        if factors[0].shape[0]:  # what is not trained has no rows, from nobody
+            added = list(map(weighed, drawn, factors)) if inverse else factors
+            rows.index_add_(0, ranks, torch.cat(added))
+    return ranks
 
 
 def mean_update(
@@ -107,11 +110,13 @@ def mean_update(
     for block in _blocks(updates):
         participants += len(block)
         for name, pair in total.items():
-            own = [(sketches[u.client_id][name], u.delta[name]) for u in block if name in u.delta]
-            if counting and own:
-                ranks = torch.cat([sketch.rows for sketch, _ in own])
-                counts[name] += torch.bincount(ranks, minlength=pair.rank)[:, None]
-            _fold(pair, own, inverse=divide_by == "inverse")
+            own = [update for update in block if name in update.delta]
+            if own:
+                drawn = [sketches[update.client_id][name] for update in own]
+                changes = [update.delta[name] for update in own]
+                ranks = _fold(pair, drawn, changes, inverse=divide_by == "inverse")
+                if counting:
+                    counts[name] += torch.bincount(ranks, minlength=pair.rank)[:, None]
         for update in block:
             for name, change in update.extras.items():
                 heads[name].add_(change)

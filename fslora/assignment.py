@@ -133,6 +133,8 @@ def upper_layers(
     Returns:
         Some of the sketches, with π in the probabilities of their ranks.
     """
+    if not depth.drawn:
+        return dict(sketches)
     layers = layers_of(sketches)
     shares = depth.probabilities(len(layers), ratio, least)
     share_of = {name: share for layer, share in zip(layers, shares, strict=True) for name in layer}

@@ -44,20 +44,19 @@ class Guarded:
 
     def __call__(self, task: ClientTask) -> ClientUpdate:
         """Train, in smaller pieces where memory asks for it, or say why not."""
-        most = min(task.local.batch_size, len(self.trainer.data[task.client_id]))
-        pieces = task.local.pieces
-        while True:
-            rule = replace(task.local, pieces=pieces)
-            update = self._attempt(replace(task, local=rule))
-            if update is not None:
-                split = pieces > task.local.pieces
-                metrics = {"pieces": float(pieces)} if split else {}
-                return replace(update, metrics={**update.metrics, **metrics})
-            if pieces >= most:
+        update, tried = self._attempt(task), task
+        while update is None:
+            most = min(task.local.batch_size, len(self.trainer.data[task.client_id]))
+            if tried.local.pieces >= most:
                 return _failed(task, "it ran out of memory, even with one example at a time")
-            pieces = min(2 * pieces, most)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+            rule = replace(task.local, pieces=min(2 * tried.local.pieces, most))
+            tried = replace(task, local=rule)
+            update = self._attempt(tried)
+        if tried is task:
+            return update
+        return replace(update, metrics={**update.metrics, "pieces": float(tried.local.pieces)})
 
     def _attempt(self, task: ClientTask) -> ClientUpdate | None:
         """Train once; None is out of memory, which is free again when this returns."""
@@ -82,7 +81,8 @@ class Guarded:
             # Smaller pieces are another attempt; a crash and a loss are not to depend on them.
             attempt = (rule.pieces,) if name == "oom" else ()
             key = ("fault", name, task.round, task.client_id, *attempt)
-            if uniform(self.seed, *key) < getattr(faults, name):
+            share = getattr(faults, name)
+            if share and uniform(self.seed, *key) < share:
                 step = fold_in(self.seed, *key, "step") % rule.steps + 1
                 first = (step - 1) * rule.accumulation * rule.pieces
                 struck = _Struck(struck, first, _STRIKES[name](step, rule.steps))

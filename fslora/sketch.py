@@ -11,7 +11,7 @@ from fslora.protocol import Adapters, Sketch
 from fslora_kernels.sampling import (
     draw_orders,
     draw_systematic,
-    draw_uniform,
+    draw_uniform_each,
     inclusion_probabilities,
 )
 from fslora_kernels.seeds import fold_in
@@ -34,10 +34,25 @@ def draw_sketches(key: int, modules: Sequence[str], rank: int, size: int) -> dic
 
     Source: arXiv 2501.19389, random-k sketches Ω, E[Ω] = I.
     """
-    if size == rank:
-        return {module: Sketch(None, rank) for module in modules}
-    rows = draw_uniform(key, modules, rank, size)
-    return {module: Sketch(row, rank) for module, row in zip(modules, rows, strict=True)}
+    return _draw_each({"": key}, modules, rank, {"": size})[""]
+
+
+def _draw_each(
+    keys: Mapping[str, int], modules: Sequence[str], rank: int, sizes: Mapping[str, int]
+) -> dict[str, dict[str, Sketch]]:
+    """As ``draw_sketches`` for each client, those of one size in one pass."""
+    sketches: dict[str, dict[str, Sketch]] = {client: {} for client in sizes}
+    for size in set(sizes.values()):
+        own = {client: keys[client] for client in sizes if sizes[client] == size}
+        if size == rank:
+            for client in own:
+                sketches[client] = {module: Sketch(None, rank) for module in modules}
+            continue
+        drawn = draw_uniform_each(list(own.values()), modules, rank, size)
+        for client, rows in zip(own, drawn, strict=True):
+            for module, row in zip(modules, rows, strict=True):
+                sketches[client][module] = Sketch(row, rank)
+    return sketches
 
 
 def cohort_sketches(
@@ -72,17 +87,23 @@ def cohort_sketches(
     together = fold_in(key, "sketches", round_number)
     if sampler == "balanced":
         return _end_to_end(draw_orders(together, modules, rank), sizes, modules)
-    sketches = {}
-    for client, size in sizes.items():
-        if sampler in ("uniform", "importance"):
-            own = fold_in(key, round_number, client)
-        else:
-            own = together if sampler == "nested" else fold_in(together, size)
-        if sampler == "importance" and size < rank:
-            sketches[client] = _by_importance(own, adapters, size)
-        else:
-            sketches[client] = draw_sketches(own, modules, rank, size)
-    return sketches
+
+    def key_of(client: str) -> int:
+        if sampler == "nested":
+            return together
+        if sampler == "class-shared":
+            return fold_in(together, sizes[client])
+        return fold_in(key, round_number, client)
+
+    keys = {client: key_of(client) for client in sizes}
+    if sampler != "importance":
+        return _draw_each(keys, modules, rank, sizes)
+    return {
+        client: _by_importance(own, adapters, sizes[client])
+        if sizes[client] < rank
+        else draw_sketches(own, modules, rank, rank)
+        for client, own in keys.items()
+    }
 
 
 def draw_steps(key: int, modules: Sequence[str], rank: int, size: int, steps: int) -> torch.Tensor:
@@ -99,10 +120,8 @@ def draw_steps(key: int, modules: Sequence[str], rank: int, size: int, steps: in
     Returns:
         int64 ``[steps, modules, S]``, each row ascending.
     """
-    drawn = [
-        draw_uniform(fold_in(key, "sketch", step), modules, rank, size) for step in range(steps)
-    ]
-    return torch.stack(drawn)
+    keys = [fold_in(key, "sketch", step) for step in range(steps)]
+    return draw_uniform_each(keys, modules, rank, size)
 
 
 def step_unions(

@@ -42,9 +42,21 @@ def draw_uniform(key: int, modules: Sequence[str], rank: int, size: int) -> Tens
 
     Source: arXiv 2501.19389, random-k sketches Ω, E[Ω] = I.
     """
+    return draw_uniform_each([key], modules, rank, size)[0]
+
+
+def draw_uniform_each(keys: Sequence[int], modules: Sequence[str], rank: int, size: int) -> Tensor:
+    """As ``draw_uniform`` for each of several keys, in one pass.
+
+    Returns:
+        int64 ``[keys, modules, S]``, each row ascending.
+
+    Raises:
+        ValueError: ``size`` is not in 1 … ``rank``.
+    """
     if not 1 <= size <= rank:
         raise ValueError(f"a sketch has 1 to {rank} ranks, got {size}")
-    return draw_orders(key, modules, rank)[:, :size].sort(dim=1).values
+    return _orders(keys, modules, rank)[..., :size].sort(dim=-1).values
 
 
 def draw_orders(key: int, modules: Sequence[str], rank: int) -> Tensor:
@@ -58,9 +70,13 @@ def draw_orders(key: int, modules: Sequence[str], rank: int) -> Tensor:
     Returns:
         int64 ``[modules, R]``, each row a permutation, uniform over all of them.
     """
-    keys = np.array([fold_in(key, module) for module in modules], dtype=np.uint64)
-    order = np.argsort(splitmix64(keys, rank), axis=1, kind="stable")
-    return torch.from_numpy(order.astype(np.int64))
+    return _orders([key], modules, rank)[0]
+
+
+def _orders(keys: Sequence[int], modules: Sequence[str], rank: int) -> Tensor:
+    folded = np.array([fold_in(key, module) for key in keys for module in modules], dtype=np.uint64)
+    order = np.argsort(splitmix64(folded, rank), axis=1, kind="stable").astype(np.int64)
+    return torch.from_numpy(order).view(len(keys), len(modules), rank)
 
 
 def inclusion_probabilities(sizes: Tensor, count: int) -> Tensor:

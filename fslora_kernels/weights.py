@@ -1,6 +1,5 @@
 """The low-rank pair of one layer, and what a valid index set is."""
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -101,7 +100,7 @@ def check_index(index: Tensor, rank: int) -> None:
         raise ValueError(
             f"the index set reaches from {low} to {high}, but the adapter has ranks 0 to {rank - 1}"
         )
-    if any(after <= before for before, after in pairwise(ranks)):
+    if ranks != sorted(set(ranks)):
         raise ValueError(
             "the index set must be ascending without repeats; sort it with torch.unique(index)"
         )
