@@ -80,6 +80,9 @@ def applied(model: nn.Module, residual: Adapters) -> Iterator[None]:
         ValueError: a base weight is quantised, offloaded or wrapped, so that nothing can be added
             to it without changing it.
     """
+    if not residual:
+        yield
+        return
     kept: dict[str, Tensor] = {}
     weights = {name: _base_weight(name, model.get_submodule(name)) for name in residual}
     try:

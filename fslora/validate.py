@@ -14,7 +14,7 @@ from fslora.robust import update_norm
 from fslora.trust import Limits
 
 NO_LIMITS = Limits()
-_ROUNDING = 0.01  # more than a norm in the tensors' own type can be off by
+_ROUNDING = 1e-6  # more than two ways to sum a norm's squares can differ by
 
 
 def rejection(task: ClientTask, update: ClientUpdate, limits: Limits = NO_LIMITS) -> str | None:
@@ -83,7 +83,8 @@ def _size_rejection(update: ClientUpdate, most: float) -> str | None:
         return None
     # Finite terms may have a sum that is not; below this no cohort's has, nor its square.
     most = most or min(math.sqrt(torch.finfo(dtype).max) for dtype in {t.dtype for t in changes})
-    if math.hypot(*map(float, torch._foreach_norm(changes))) < (1 - _ROUNDING) * most:
+    norms = torch._foreach_norm(changes, 2, dtype=torch.float64)
+    if math.hypot(*map(float, norms)) < (1 - _ROUNDING) * most:
         return None
     names = [name for name in update.delta for _ in "ab"] + list(update.extras)
     for name, change in zip(names, changes, strict=True):
