@@ -40,6 +40,7 @@ from fslora.data.causal_lm import CausalLM
 from fslora.models import take_state
 from fslora.protocol import LoRAWeights
 from fslora.server import RoundRecord
+from fslora_kernels.nn.fuse import fused_layers
 
 Cell = dict[str, Any]
 
@@ -58,10 +59,10 @@ ORCHESTRATION, STEPS, TOKENS, EVALUATION = (
     "evaluation",
 )
 LOOP = "optimizer and first batch"  # of orchestration
+NAIVE = "naive loop"
 START, MODEL = "start", "loading the model"
 OTHER = (STEPS, TOKENS, EVALUATION)
 WARM_UP = 1  # rounds in which torch and the caches warm up
-NAIVE_ROUNDS = 3
 
 
 @dataclass
@@ -147,7 +148,6 @@ def watched(clock: Clock) -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name, part in parts:
             stack.enter_context(patch.object(owner, name, clock.timed(part, getattr(owner, name))))
-        stack.enter_context(patch.object(simulate, "prepare", prepare.prepare))
         stack.enter_context(patch.object(CausalLM, "loss", clock.loss(CausalLM.loss)))
         stack.enter_context(patch.object(client, "_batches", clock.batches(client._batches)))
         steps = clock.steps(client.LocalTrainer._train)
@@ -169,9 +169,9 @@ def measure(cell: Cell, folder: Path) -> Cell:
     """Run one cell in this process.
 
     Returns:
-        "start_s" beyond loading the model, "rss_mb" at most, "modules", "naive_s" of a round, and
-        "rounds": the CPU seconds of each round by part, "orchestration" being what is in none of
-        the others.
+        "start_s" beyond loading the model, "rss_mb" at most, "modules", and "rounds": the CPU
+        seconds of each round by part, "orchestration" being what is in none of the others, and of
+        a naive round after it.
     """
     torch.set_num_threads(1)
     data = folder / "texts.jsonl"
@@ -196,8 +196,12 @@ def measure(cell: Cell, folder: Path) -> Cell:
         threads=1,
         out=str(folder / "run"),
     )
-    clock, rounds, last = Clock(), [], 0.0
+    clock, runs, rounds, last = Clock(), [], [], 0.0
     start_s = 0.0
+
+    def kept(config: SimulateConfig) -> prepare.Run:
+        runs.append(prepare.prepare(config))
+        return runs[0]
 
     def on_start(_: int) -> None:
         nonlocal start_s, last
@@ -209,12 +213,13 @@ def measure(cell: Cell, folder: Path) -> Cell:
         nonlocal last
         now = process_time()
         parts = {ORCHESTRATION: now - last - sum(clock.spent.get(part, 0.0) for part in OTHER)}
+        parts |= clock.spent
         if record.round <= cell["rounds"]:  # the round after them is evaluated
-            rounds.append({**parts, **clock.spent})
+            rounds.append({**parts, NAIVE: naive(runs[0], [one.id for one in record.clients])})
         clock.spent.clear()
         last = process_time()
 
-    with watched(clock):
+    with watched(clock), patch.object(simulate, "prepare", kept):
         summary = simulate.simulate(config, simulate.Watcher(on_start, on_round=on_round))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
@@ -222,48 +227,41 @@ def measure(cell: Cell, folder: Path) -> Cell:
         "start_s": start_s,
         "rss_mb": peak,
         "modules": summary["modules"],
-        "naive_s": naive(prepare.prepare(config)),
         "rounds": rounds,
     }
 
 
-def naive(run: prepare.Run) -> float:
-    """Measure the least that a loop can do beside the same local steps: CPU seconds of a round.
+def naive(run: prepare.Run, cohort: Sequence[str]) -> float:
+    """Measure the least that a loop can do beside the same local steps, in CPU seconds.
 
     Each client draws its ranks, gathers them twice, trains one copy, subtracts, adds to a sum.
     Nothing is checked, recorded or kept.
     """
-    trainer = client.LocalTrainer(run.model, run.task, prepare.examples_of(run))
-    _, layers, _ = trainer._resident
-    adapters, _ = take_state(run.model)
+    model, examples = run.model.train(), prepare.examples_of(run)
+    adapters, _ = take_state(model)
     total = {n: LoRAWeights(*map(torch.zeros_like, pair)) for n, pair in adapters.items()}
-    seconds = []
-    for number in range(NAIVE_ROUNDS + WARM_UP):
-        spent = 0.0
-        for place in range(run.config.per_round):
-            name = run.data.names[(number * run.config.per_round + place) % len(run.data.names)]
-            examples, size = trainer.data[name], round(run.config.rank * run.ratio_of_id[name])
-            start = process_time()
-            drawn = {n: torch.randperm(pair.rank)[:size] for n, pair in adapters.items()}
-            sent = {n: LoRAWeights(*(t[drawn[n]] for t in pair)) for n, pair in adapters.items()}
-            leaves = {
-                n: LoRAWeights(*(t.clone().requires_grad_() for t in pair))
-                for n, pair in sent.items()
-            }
-            spent += process_time() - start
-            fslora_kernels.bind(layers, leaves)
-            own = [factor for pair in leaves.values() for factor in pair]
-            optimizer = torch.optim.AdamW(own, lr=run.config.lr, fused=True)
-            loss = run.task.loss(run.model, examples.take(torch.randperm(len(examples))[:1]))
-            loss.backward()
-            optimizer.step()
-            start = process_time()
-            for n, pair in leaves.items():
-                for rows, new, old in zip(total[n], pair, sent[n], strict=True):
-                    rows.index_add_(0, drawn[n], new.detach() - old)
-            spent += process_time() - start
-        seconds.append(spent)
-    return statistics.median(seconds[WARM_UP:])
+    layers, ratio_of, spent = fused_layers(model), run.ratio_of_id, 0.0
+    for name in cohort:
+        own, size = examples[name], round(run.config.rank * ratio_of[name])
+        start = process_time()
+        drawn = {n: torch.randperm(pair.rank)[:size] for n, pair in adapters.items()}
+        sent = {n: LoRAWeights(*(t[drawn[n]] for t in pair)) for n, pair in adapters.items()}
+        leaves = {
+            n: LoRAWeights(*(t.clone().requires_grad_() for t in pair)) for n, pair in sent.items()
+        }
+        spent += process_time() - start
+        fslora_kernels.bind(layers, leaves)
+        factors = [factor for pair in leaves.values() for factor in pair]
+        optimizer = torch.optim.AdamW(factors, lr=run.config.lr, fused=True)
+        run.task.loss(model, own.take(torch.randperm(len(own))[:1])).backward()
+        optimizer.step()
+        start = process_time()
+        for n, pair in leaves.items():
+            for rows, new, old in zip(total[n], pair, sent[n], strict=True):
+                rows.index_add_(0, drawn[n], new.detach() - old)
+        spent += process_time() - start
+    fslora_kernels.unbind(layers)
+    return spent
 
 
 def apart(cell: Cell) -> Cell:
@@ -288,7 +286,7 @@ def line(found: Cell) -> str:
     """A cell as a row of the table."""
     cell, all_of_it = found["cell"], median_of(found, ORCHESTRATION)
     names = "  ".join(f"{cell[name]:>9}" for name in BASE if name != "layers")
-    seconds = (all_of_it, all_of_it - median_of(found, LOOP), found["naive_s"])
+    seconds = (all_of_it, all_of_it - median_of(found, LOOP), median_of(found, NAIVE))
     units = "  ".join(f"{unit_ms(found, each):>9.4f}" for each in seconds)
     return (
         f"{names}  {found['modules']:>7}  {units}  {1e3 * all_of_it:>8.0f}  "
@@ -298,7 +296,7 @@ def line(found: Cell) -> str:
 
 def parts_of(found: Cell) -> Iterator[str]:
     """Where a round's time goes, a line for each part."""
-    names = dict.fromkeys(name for one in found["rounds"] for name in one)
+    names = dict.fromkeys(name for one in found["rounds"] for name in one if name != NAIVE)
     total = sum(median_of(found, name) for name in (ORCHESTRATION, *OTHER))
     for name in names:
         seconds = median_of(found, name)

@@ -28,6 +28,6 @@ def test_a_cell_says_where_its_time_goes(capsys):
     assert found["start_s"] > 0
     everything, loop = (scale.median_of(found, part) for part in (scale.ORCHESTRATION, scale.LOOP))
     assert everything > loop > 0
-    assert found["naive_s"] > 0
+    assert scale.median_of(found, scale.NAIVE) > 0
     assert scale.line(found).split()[:4] == ["12", "3", "4", "3"]
     assert any("local steps" in text for text in scale.parts_of(found))
