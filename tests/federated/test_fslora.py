@@ -221,9 +221,10 @@ def test_a_clients_training_touches_nothing_but_its_leaves(folder):
     random_state = torch.random.get_rng_state()
     (task,) = strategy.assign(state, ["one"])
     copies = {n: [t.clone() for t in p] for n, p in task.adapters.items()}
-    client(task)
+    update = client(task)
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
     assert torch.equal(torch.random.get_rng_state(), random_state)
+    assert not any(t.requires_grad or t.grad is not None for t in update.tensors())
     for name, pair in task.adapters.items():
         for copy, factor in zip(copies[name], pair, strict=True):
             assert torch.equal(copy, factor)

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fslora.protocol import Sketch
-from fslora.sketch import draw_sketches
+from fslora.protocol import LoRAWeights, Sketch
+from fslora.sketch import cohort_sketches, draw_sketches
 from fslora_kernels.sampling import sketch_size
 from fslora_kernels.seeds import fold_in, splitmix64
 
@@ -81,6 +81,18 @@ def test_the_draw_is_the_documented_one():
         for module in ("q_proj", "ü"):
             drawn = draw_sketches(key, [module], 13, 5)[module].index
             assert drawn.tolist() == documented(key, module, 13, 5)
+
+
+def test_a_cohort_draws_what_each_of_its_clients_draws():
+    sizes = {"c": 4, "a": 2, "whole": 16, "b": 4}
+    adapters = {name: LoRAWeights(torch.ones(16, 3), torch.ones(16, 5)) for name in ("x", "y")}
+    together = cohort_sketches(3, 7, sizes, adapters, "uniform")
+    assert list(together) == list(sizes)
+    for client, size in sizes.items():
+        alone = draw_sketches(fold_in(3, 7, client), list(adapters), 16, size)
+        assert list(together[client]) == list(alone)
+        for name, sketch in alone.items():
+            assert torch.equal(together[client][name].rows, sketch.rows)
 
 
 def test_splitmix64_gives_its_published_first_outputs():

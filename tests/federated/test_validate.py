@@ -30,6 +30,7 @@ def test_the_norm_is_bounded_where_a_bound_is_set():
     assert rejection(task, update, Limits(max_norm=norm)) is None
     reason = rejection(task, update, Limits(max_norm=norm * 0.999))
     assert reason == f"its norm is {norm:.3g}, above {norm * 0.999:.3g}"
+    assert rejection(task, update, Limits(max_norm=norm * (1 - 1e-12))), "to the last digits"
 
 
 def test_finite_numbers_whose_sum_is_not_are_refused_without_a_bound():
