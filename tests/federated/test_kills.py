@@ -60,7 +60,11 @@ def test_fifty_kills_end_in_the_bits_of_the_uninterrupted_run(settings, tmp_path
     moments, interrupted = random.Random(0), set()
     for _ in range(KILLS):
         process = started(context, config)
-        process.join(moments.uniform(0, start_s + 6 * round_s))
+        wanted = moments.randrange(6)  # rounds from here; the moment itself is by the clock
+        until = checkpoint.rounds_done(Path(config.out)) + wanted
+        while process.is_alive() and checkpoint.rounds_done(Path(config.out)) < until:
+            process.join(0.01)
+        process.join(moments.uniform(0, round_s if wanted else start_s))
         process.kill()
         process.join()
         assert process.exitcode == -9, "the run came to its end before the last kill"
