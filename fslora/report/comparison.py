@@ -21,6 +21,7 @@ from fslora.report.comparison_tables import (
 )
 from fslora.report.page import document, figures, table
 from fslora.report.records import Record, read_object
+from fslora.report.units import short_name
 
 Pictures = dict[str, bytes]
 
@@ -128,8 +129,8 @@ def _sentence(data: Record) -> str:
     return (
         f"{settings['clients']} clients, {settings['per_round']} a round, for {settings['rounds']} "
         f"rounds of {settings['local_steps']} local steps of {settings['batch_size']} examples; "
-        f"{settings['model']} on {settings['data']}, partition {settings['partition']}, rank "
-        f"{settings['rank']}; {seeds} seed{'s' * (seeds != 1)}, the splits of each the same for "
+        f"{short_name(settings['model'])} on {short_name(settings['data'])}, partition "
+        f"{settings['partition']}, rank {settings['rank']}; {seeds} seed{'s' * (seeds != 1)}, the splits of each the same for "
         f"all methods (checked){devices}."
     )
 

@@ -99,7 +99,14 @@ def draw_curves(data: Record, against: str) -> "Figure | None":
     axes.set_xlabel(label)
     axes.set_ylabel(figure_name(data))
     axes.set_ylim(*_limits(curves, data))
-    figure.legend(handles=lines, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
+    figure.legend(
+        handles=lines,
+        loc="outside lower left",
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+        handlelength=3.2,  # or dashes look like the line of the first method in their colour
+    )
     return figure
 
 

@@ -200,9 +200,10 @@ def notes(data: Record) -> list[str]:
                 )
             )
             if edge:
+                whose = ", ".join(edge) if len(ends) < len(values) else "each method"
                 found.append(
-                    f"The best {key} of {', '.join(edge)} is at an end of the grid; a wider one "
-                    "may hold a better."
+                    f"The best {key} of {whose} is at an end of the grid; a wider one may hold a "
+                    "better."
                 )
     return found
 

@@ -10,7 +10,7 @@ from html import escape
 from fslora.report.captions import TITLES, caption
 from fslora.report.records import Record, Run, is_number
 from fslora.report.style import CSS
-from fslora.report.units import format_bytes, format_ratio, format_seconds
+from fslora.report.units import format_bytes, format_ratio, format_seconds, short_name
 
 ABSENT = "–"
 
@@ -22,7 +22,7 @@ def render_page(run: Run, pictures: dict[str, bytes]) -> str:
         run: what the run folder says.
         pictures: PNG files by name, as `plots.draw_all` gives them; they are embedded.
     """
-    title = escape(f"FSLoRA: {_setting(run, 'model')} on {_setting(run, 'data')}")
+    title = escape(f"FSLoRA: {_source(run, 'model')} on {_source(run, 'data')}")
     sections = [
         f"<h1>{title}</h1>",
         f"<p>{escape(_sentence(run))}</p>",
@@ -69,6 +69,10 @@ def _setting(run: Run, key: str) -> str:
     return str(value)
 
 
+def _source(run: Run, key: str) -> str:
+    return short_name(_setting(run, key))
+
+
 def _plain(item: object) -> str:
     if isinstance(item, dict):
         return "(" + ", ".join(f"{key} {value}" for key, value in item.items()) + ")"
@@ -82,8 +86,8 @@ def _sentence(run: Run) -> str:
     rounds = (f"{done}" if done == asked else f"{done} of {asked}") + " round" + "s" * (asked != 1)
     return (
         f"{_setting(run, 'clients')} clients, {_setting(run, 'per_round')} a round, trained one "
-        f"LoRA adapter of rank {_setting(run, 'rank')} for {_setting(run, 'model')} on "
-        f"{_setting(run, 'data')} ({_setting(run, 'task')}, partition "
+        f"LoRA adapter of rank {_setting(run, 'rank')} for {_source(run, 'model')} on "
+        f"{_source(run, 'data')} ({_setting(run, 'task')}, partition "
         f"{_setting(run, 'partition')}) in {rounds} of {_setting(run, 'local_steps')} local steps, "
         f"each client a sketch of {ratios or 'some'} of the ranks."
     )

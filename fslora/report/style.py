@@ -54,7 +54,7 @@ details { margin: 1.5rem 0; border-top: 1px solid var(--line); padding-top: .75r
 summary { cursor: pointer; font-size: 1.15rem; font-weight: 600; }
 @media (min-width: 50rem) { .pictures { grid-template-columns: 1fr 1fr; } }
 @media (max-width: 49.99rem) {
-  .wide td:first-child { max-width: 7rem; overflow-wrap: anywhere; }
+  .wide td:first-child { min-width: 7rem; max-width: 7rem; overflow-wrap: anywhere; }
   .classes thead { display: none; }
   .classes, .classes tbody, .classes tr { display: block; }
   .classes tr { background: var(--card); border-radius: .5rem; }

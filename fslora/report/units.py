@@ -1,6 +1,7 @@
-"""Figures as people read them: bytes, seconds, ratios."""
+"""Figures and names as people read them: bytes, seconds, ratios, models and data."""
 
 from fractions import Fraction
+from pathlib import PurePath
 
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -42,3 +43,9 @@ def format_ratio(ratio: float) -> str:
     """A sketch ratio as a fraction where it is a simple one: 0.125 → "1/8", 0.3141 → "0.314"."""
     fraction = Fraction(ratio).limit_denominator(64)
     return str(fraction) if abs(fraction - ratio) < 1e-9 else f"{ratio:.3g}"
+
+
+def short_name(name: str) -> str:
+    """A model's or data set's name in a sentence: of an absolute path the last two parts."""
+    path = PurePath(name)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else name

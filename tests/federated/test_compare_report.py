@@ -181,6 +181,8 @@ def test_notes_say_what_failed_and_where_the_grid_ended(data):
     failed, edge = notes(data)
     assert "fslora failed with seed 1 (round 1: nothing usable)" in failed
     assert edge.startswith("The best lr of fedit is at an end"), "not of one that does not train"
+    data["search"]["grid"] = {"lr": [0.1, 0.2]}
+    assert notes(data)[-1].startswith("The best lr of each method is at an end")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from fslora.report import format_bytes, write_report
 from fslora.report.page import render_page
 from fslora.report.plots import STYLE, draw_all, draw_bytes, draw_classes, draw_coverage, draw_loss
 from fslora.report.records import read_run
-from fslora.report.units import format_ratio, format_seconds
+from fslora.report.units import format_ratio, format_seconds, short_name
 
 EVIL = "<script>alert(1)</script>"
 FULL = 512_000  # bytes that a full-rank client moves each way in a round
@@ -391,6 +391,11 @@ def test_format_bytes():
     texts = {0: "0 B", 999: "999 B", 1000: "1.0 kB", 1_234_567: "1.2 MB", 12_345_678_901: "12.3 GB"}
     texts |= {999_949: "999.9 kB", 999_950: "1.0 MB"}
     assert {n: format_bytes(n) for n in texts} == texts
+
+
+def test_a_local_path_is_named_shortly_and_a_hub_name_whole():
+    assert short_name("/data/models/stories260K-hf") == "models/stories260K-hf"
+    assert short_name("org/name") == "org/name"
 
 
 def test_format_seconds_and_ratios():
