@@ -130,8 +130,8 @@ def _sentence(data: Record) -> str:
         f"{settings['clients']} clients, {settings['per_round']} a round, for {settings['rounds']} "
         f"rounds of {settings['local_steps']} local steps of {settings['batch_size']} examples; "
         f"{short_name(settings['model'])} on {short_name(settings['data'])}, partition "
-        f"{settings['partition']}, rank {settings['rank']}; {seeds} seed{'s' * (seeds != 1)}, the splits of each the same for "
-        f"all methods (checked){devices}."
+        f"{settings['partition']}, rank {settings['rank']}; {seeds} seed{'s' * (seeds != 1)}, the "
+        f"splits of each the same for all methods (checked){devices}."
     )
 
 
