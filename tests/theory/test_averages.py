@@ -15,17 +15,18 @@ SGD = LocalRule(optimizer="sgd", lr=1.0, steps=1)
 GRADIENTS = normal(1, len(CLIENTS), RANK) + 0.7
 
 
-def moments(ratios=(1 / 4,) * 4, pairs=None, **options):
+def moments(ratios=(1 / 4,) * 4, pairs=None, noise=0.0, **options):
     """Mean and variance of each rank's averaged step, [R] each, over modules, and their errors."""
     strategy = fslora(dict(zip(CLIENTS, ratios, strict=True)), SGD, **options)
     pair = LoRAWeights(torch.zeros(RANK, 1).double(), torch.ones(RANK, 1).double())
     state = strategy.init(dict.fromkeys(MODULES, pairs or pair), {}, 7)
     tasks, updates = strategy.assign(state, list(CLIENTS)), []
-    for task, gradient in zip(tasks, GRADIENTS, strict=True):
+    drawn = noise * normal(2, len(CLIENTS), len(MODULES), RANK)
+    for task, gradient, errors in zip(tasks, GRADIENTS, drawn, strict=True):
         delta = {}
-        for name, given in task.adapters.items():
+        for (name, given), error in zip(task.adapters.items(), errors, strict=True):
             index = task.sketches[name].index
-            own = gradient if index is None else gradient[index]
+            own = gradient + error if index is None else (gradient + error)[index]
             delta[name] = LoRAWeights(own[:, None] * task.scale, torch.zeros_like(given.lora_b))
         updates.append(
             ClientUpdate(task.round, task.client_id, task.nonce, delta, {}, 1, {"loss": 0.0})
@@ -47,6 +48,16 @@ def test_independent_sketches_vary_by_the_inverse_ratios_over_the_number_of_clie
     excess = 1 / torch.tensor(ratios).double() - 1
     wanted = (excess[:, None] * GRADIENTS.square()).sum(0) / len(ratios) ** 2
     assert ((mean - MEAN).abs() <= 4.5 * error).all()
+    assert float(variance.sum() / wanted.sum()) == pytest.approx(1, abs=0.08)
+
+
+def test_the_noise_of_the_data_is_raised_by_the_inverse_ratio():
+    """A stochastic gradient of variance σ² a rank: Σ (R/S − 1) g² + (R/S) σ², over N²."""
+    ratios, sigma = (1 / 8, 1 / 4, 1 / 2, 1 / 2), 2.0
+    mean, variance, error = moments(ratios, noise=sigma)
+    assert ((mean - MEAN).abs() <= 4.5 * error).all()
+    inverse = 1 / torch.tensor(ratios).double()[:, None]
+    wanted = ((inverse - 1) * GRADIENTS.square() + inverse * sigma**2).sum(0) / len(ratios) ** 2
     assert float(variance.sum() / wanted.sum()) == pytest.approx(1, abs=0.08)
 
 

@@ -64,6 +64,33 @@ def test_the_least_sketched_loss_has_soft_thresholded_singular_values(excess):
     assert error == pytest.approx(relative_error(wanted, SINGULAR), abs=2e-3)
 
 
+def test_ranks_dropped_independently_are_thresholded_and_not_divided():
+    """Each kept with probability θ and divided by it: the least of the mean over all 2ᴿ sets."""
+    theta, rank, wanted = 0.6, 4, target(5)
+    kept = torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * rank)
+    chances = (theta**kept * (1 - theta) ** (1 - kept)).prod(dim=1)
+
+    def loss(a, b):
+        products = torch.einsum("sr,re,rd->sed", kept / theta, b, a)
+        return 0.5 * chances @ (products - wanted).square().sum(dim=(1, 2))
+
+    factors = [(0.3 * normal(seed, rank, 5)).requires_grad_() for seed in (1, 2)]
+    optimizer = torch.optim.LBFGS(factors, max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(*factors)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    found = torch.linalg.svdvals((factors[1].t() @ factors[0]).detach())[: len(SINGULAR)]
+    share = (1 - theta) / (theta * rank)
+    shrinking = [max(0.0, value - share * float(found.sum())) for value in SINGULAR]
+    torch.testing.assert_close(found, torch.tensor(shrinking).double(), atol=2e-3, rtol=0)
+    assert shrinking[1] > 0.1
+
+
 def test_sketches_of_one_rank_leave_the_largest_singular_value_alone():
     assert shrunk(SINGULAR, RANK, RANK - 1) == [1.0, 0.0, 0.0, 0.0]
     a, b = minimiser(target(), RANK, RANK - 1, 0)

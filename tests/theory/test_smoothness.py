@@ -73,7 +73,7 @@ def test_the_counter_example_a_product_is_less_smooth_by_the_inverse_ratio(size)
 
 @pytest.mark.parametrize("excess", [0.0, 1.0, 3.0])
 def test_the_constant_on_a_ball_is_the_losss_times_the_mean_inverse_ratio(excess):
-    """½‖BA‖² on ‖X‖ ≤ ρ: 3ρ²/2 (1 + e), attained where one rank holds all."""
+    """½‖BA‖² on ‖X‖ ≤ r: 3r²/2 (1 + e), attained where one rank holds all."""
     radius = 1.7
     limit = 1.5 * radius**2 * (1 + excess)
     x = torch.zeros(2 * RANK * WIDTH).double()
@@ -83,6 +83,35 @@ def test_the_constant_on_a_ball_is_the_losss_times_the_mean_inverse_ratio(excess
         other = normal(seed, len(x))
         other *= radius / other.norm()
         assert top(hessian(joint(excess, ZERO))(other)) <= limit
+
+
+@pytest.mark.parametrize("excess", [0.0, 1.0, 3.0])
+def test_another_target_adds_as_much_to_both_constants_on_a_ball(excess):
+    """½‖BA − W*‖²: 3r²/2 (1 + e) + ‖W*‖, attained along the first singular vectors of W*."""
+    radius, target = 1.7, normal(3, WIDTH, WIDTH)
+    left, singular, right = torch.linalg.svd(target)
+    limit = 1.5 * radius**2 * (1 + excess) + float(singular[0])
+    a, b = torch.zeros(2, RANK, WIDTH).double()
+    a[0], b[0] = right[0] * radius / 2**0.5, left[:, 0] * -radius / 2**0.5
+    curvature = hessian(joint(excess, target))
+    assert top(curvature(torch.cat([a.flatten(), b.flatten()]))) == pytest.approx(limit)
+    for seed in range(12):
+        other = normal(seed, 2 * RANK * WIDTH)
+        assert top(curvature(other * radius / other.norm())) <= limit
+
+
+def test_at_one_point_a_sketched_product_can_be_smoother():
+    """½‖BA‖² of two equal terms and another one, R = 3, by all sets of S = 2."""
+    a = torch.tensor([[1.0, 0], [1, 0], [0, 3]]).double()
+    b = torch.tensor([[3.0, 0], [3, 0], [0, 2]]).double()
+
+    def loss(x, omega):
+        return 0.5 * ((x[6:].view(3, 2).t() * omega) @ x[:6].view(3, 2)).square().sum()
+
+    x, every = torch.cat([a.flatten(), b.flatten()]), omegas(3, 2)
+    full = top(hessian(lambda x: loss(x, torch.ones(3)))(x))
+    sketched = top(torch.stack([hessian(lambda x, o=o: loss(x, o))(x) for o in every]).mean(0))
+    assert sketched / full == pytest.approx(0.985, abs=5e-4)
 
 
 def test_no_constant_holds_everywhere_for_a_loss_with_curvature():
