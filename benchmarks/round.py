@@ -276,7 +276,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--task", default="causal-lm", help="or classification: then the columns")
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--label-column", default="label")
-    parser.add_argument("--no-header", action="store_true", help="columns are numbers, from 1")
+    parser.add_argument("--no-header", action="store_true", help="columns are numbers, from 0")
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20, help="local steps of a client")
     parser.add_argument("--batch-size", type=int, default=4)

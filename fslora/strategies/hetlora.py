@@ -49,7 +49,7 @@ def hetlora(
     Args:
         ratios: client id to Sᵢ/R in (0, 1], before any pruning.
         local: how clients train.
-        server_optimizer: "fedavg" or "fedadam".
+        server_optimizer: as ``aggregation.server_step``.
         server_lr: the server's learning rate.
         penalty: λ; 0 never prunes.
         decay: γ in (0, 1), the share of its ranks that a pruned client keeps, at least one.

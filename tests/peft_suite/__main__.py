@@ -19,6 +19,7 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 import fslora_kernels
+from benchmarks.timing import git_commit
 from tests.peft_suite.models import save_models
 from tests.peft_suite.plugin import read
 from tests.peft_suite.report import WANTED, compare, markdown, to_fuse
@@ -184,7 +185,7 @@ def main(arguments=None):
     facts = [
         ", ".join(f"{name} {version(name)}" for name in ("peft", "torch", "transformers"))
         + f", Python {platform.python_version()}, on a processor, one thread",
-        f"`fslora_kernels` whose sources, with these versions, hash to {sources}",
+        f"commit {git_commit()}: `fslora_kernels` whose sources, with these versions, hash to {sources}",
     ]
     if limit:
         facts.append(f"only cases that match `-k {limit!r}`")
