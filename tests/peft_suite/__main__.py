@@ -185,7 +185,8 @@ def main(arguments=None):
     facts = [
         ", ".join(f"{name} {version(name)}" for name in ("peft", "torch", "transformers"))
         + f", Python {platform.python_version()}, on a processor, one thread",
-        f"commit {git_commit()}: `fslora_kernels` whose sources, with these versions, hash to {sources}",
+        f"commit {git_commit()}: `fslora_kernels` whose sources, with these versions, hash to "
+        f"{sources}",
     ]
     if limit:
         facts.append(f"only cases that match `-k {limit!r}`")
