@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from peft.tuners.lora import Linear as PeftLinear
@@ -61,6 +62,29 @@ class FuseReport:
         return "\n".join(lines)
 
 
+def _is_own(layer: nn.Module, attribute: str) -> bool:
+    """Whether an attribute of the instance is nothing but the forward of its class."""
+    return getattr(vars(layer).get(attribute), "__func__", None) is type(layer).forward
+
+
+def _is_replaced(layer: nn.Module) -> bool:
+    """Whether a call may run another forward than the class's, alone or inside accelerate's hooks."""
+    forward = vars(layer).get("forward")
+    if forward is None or _is_own(layer, "forward"):
+        return False
+    wrapper = getattr(forward, "func", None)
+    by_accelerate = getattr(wrapper, "__module__", None) == "accelerate.hooks"
+    return not (by_accelerate and _is_own(layer, "_old_forward"))
+
+
+def _change_class(layer: nn.Module, kind: type) -> None:
+    """Change the class, and the forward that accelerate's hooks have bound to the instance."""
+    bound = [attribute for attribute in ("forward", "_old_forward") if _is_own(layer, attribute)]
+    layer.__class__ = kind
+    for attribute in bound:
+        setattr(layer, attribute, MethodType(kind.forward, layer))  # type: ignore[attr-defined]
+
+
 def _refusal(layer: LoraLayer) -> str | None:
     if isinstance(layer, ParamWrapper):
         return (
@@ -69,6 +93,11 @@ def _refusal(layer: LoraLayer) -> str | None:
         )
     if _fused_class(type(layer)) is None:
         return f"{type(layer).__name__} is not among the fused types"
+    if _is_replaced(layer):
+        return (
+            "it has a forward of its own, as torch.compile(layer.forward) and X-LoRA set, and the "
+            "fused one would never run; fuse before that is set"
+        )
     if layer.lora_variant:
         variants = {type(variant).__name__ for variant in layer.lora_variant.values()}
         return f"it uses the LoRA variant {', '.join(sorted(variants))}"
@@ -113,7 +142,7 @@ def fuse(model: nn.Module, implementation: str | None = None) -> FuseReport:
             if (refusal := _refusal(layer)) is not None:
                 left[name] = refusal
                 continue
-            layer.__class__ = _fused_class(type(layer))
+            _change_class(layer, FUSED_CLASSES[type(layer)])
             layer.restrictions = {}
         layer.implementation = implementation
         indirect = indirect_reason(layer.base_layer)
@@ -122,11 +151,21 @@ def fuse(model: nn.Module, implementation: str | None = None) -> FuseReport:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give every fused layer its PEFT class back; sketches and bound leaves are dropped."""
-    for layer in model.modules():
-        if isinstance(layer, SketchedForward):
-            del layer.restrictions, layer.implementation
-            layer.__class__ = type(layer).__bases__[1]
+    """Give every fused layer its PEFT class back; sketches and bound leaves are dropped.
+
+    Raises:
+        ValueError: a fused layer was given a forward of its own since; nothing is changed then.
+    """
+    layers = fused_layers(model)
+    for name, layer in layers.items():
+        if _is_replaced(layer):
+            raise ValueError(
+                f"{name} has a forward of its own, set after fuse, which would go on calling the "
+                "fused one; undo that first, as by: del layer.forward"
+            )
+    for layer in layers.values():
+        del layer.restrictions, layer.implementation
+        _change_class(layer, type(layer).__bases__[1])
 
 
 def fused_layers(model: nn.Module | FusedLayers) -> FusedLayers:

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoHaConfig, LoraConfig, PeftMixedModel, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -46,21 +47,73 @@ def test_a_parametrized_base(wrap):
     assert "Parametrized" in check_equals_vanilla(model, mode="accumulate")
 
 
-@pytest.mark.parametrize("offload", ["memory", "disk"])
+@pytest.mark.parametrize("offload", ["memory", "disk", "dispatched"])
 def test_an_offloaded_model(offload, tmp_path):
     """Weights, the adapter's too, are on the meta device until a module's own hook fetches them."""
     resident = adapted(nn.Linear(6, 4))
     model = copy.deepcopy(resident)
     if offload == "memory":
         cpu_offload(model, execution_device=torch.device("cpu"))
-    else:
+    elif offload == "disk":
         disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    else:
+        dispatch_model(model, {"": "cpu"}, force_hooks=True)
     layer = model.base_model.model[0]
-    assert layer.base_layer.weight.device.type == "meta"
+    assert layer.base_layer.weight.device.type == ("cpu" if offload == "dispatched" else "meta")
     report = fslora_kernels.fuse(model)
     with torch.no_grad():
         torch.testing.assert_close(model(X), resident(X))
     assert "accumulate" in str(report)
+    (name,) = report.fused
+    fslora_kernels.sketch(model, {name: torch.tensor([1])})
+    with pytest.raises(ValueError, match="a sketch is set"), torch.no_grad():
+        model(X)
+
+
+def hooked(model):
+    add_hook_to_module(model.base_model.model[0], ModelHook())
+
+
+def unhooked(model):
+    """Accelerate leaves the bound forward of the class behind."""
+    hooked(model)
+    remove_hook_from_module(model.base_model.model[0])
+
+
+@pytest.mark.parametrize("hook", [hooked, unhooked])
+@pytest.mark.parametrize("fuse_first", [False, True])
+def test_hooks_of_accelerate_around_a_layer(hook, fuse_first):
+    """They keep a bound forward on the layer, which has to be the one of its class."""
+    model = adapted(nn.Linear(6, 4))
+    plain = copy.deepcopy(model)
+    if fuse_first:
+        fslora_kernels.fuse(model)
+    hook(model)
+    (name,) = fslora_kernels.fuse(model).fused
+    for each in (model, plain):
+        fslora_kernels.fuse(each)
+        fslora_kernels.sketch(each, {name: torch.tensor([1])})
+    sketched = plain(X)
+    torch.testing.assert_close(model(X), sketched)
+    for each in (model, plain):
+        fslora_kernels.unfuse(each)
+    assert not torch.allclose(plain(X), sketched)
+    torch.testing.assert_close(model(X), plain(X))
+
+
+def test_a_layer_with_a_forward_of_its_own_is_left_and_named():
+    model = adapted(nn.Linear(6, 4))
+    layer, want = model.base_model.model[0], model(X)
+    layer.forward = torch.compile(layer.forward, backend="eager")
+    report = fslora_kernels.fuse(model)
+    assert not report.fused
+    assert "a forward of its own" in str(report)
+    del layer.forward
+    fslora_kernels.fuse(model)
+    layer.forward = torch.compile(layer.forward, backend="eager")
+    with pytest.raises(ValueError, match="del layer.forward"):
+        fslora_kernels.unfuse(model)
+    torch.testing.assert_close(model(X), want)
 
 
 def test_an_offloaded_base_under_a_resident_adapter():
