@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from types import MethodType
 from typing import Any
 
@@ -31,9 +32,20 @@ FusedLayers = Mapping[str, Any]
 def _fused_class(peft_class: type) -> type | None:
     """Return our class for PEFT's class of a layer, or None where there is none."""
     if f"{peft_class.__module__}.{peft_class.__qualname__}" in QUANTISED:
-        name = f"Sketched{peft_class.__name__}"
-        FUSED_CLASSES.setdefault(peft_class, type(name, (SketchedForward, peft_class), {}))
+        name, bases = f"Sketched{peft_class.__name__}", (SketchedForward, peft_class)
+        FUSED_CLASSES.setdefault(peft_class, type(name, bases, {"__module__": __name__}))
     return FUSED_CLASSES.get(peft_class)
+
+
+def __getattr__(name: str) -> type:
+    """Make a quantised layer's class when pickle asks for it by its name."""
+    for path in QUANTISED:
+        module, _, peft_name = path.rpartition(".")
+        if name == f"Sketched{peft_name}":
+            fused_class = _fused_class(getattr(import_module(module), peft_name))
+            if fused_class is not None:
+                return fused_class
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +80,7 @@ def _is_own(layer: nn.Module, attribute: str) -> bool:
 
 
 def _is_replaced(layer: nn.Module) -> bool:
-    """Whether a call may run another forward than the class's, alone or inside accelerate's hooks."""
+    """Whether a call runs another forward than the class's, accelerate's hooks around it aside."""
     forward = vars(layer).get("forward")
     if forward is None or _is_own(layer, "forward"):
         return False
@@ -125,7 +137,7 @@ def fuse(model: nn.Module, implementation: str | None = None) -> FuseReport:
 
     Raises:
         ValueError: the model has no LoRA layer, or no such implementation exists.
-        NotImplementedError: the implementation cannot run on the model's device.
+        NotImplementedError: the implementation cannot run where the adapters are.
     """
     check_implementation(implementation)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
@@ -133,11 +145,17 @@ def fuse(model: nn.Module, implementation: str | None = None) -> FuseReport:
         raise ValueError(
             "the model has no LoRA layer; wrap it first: peft.get_peft_model(model, LoraConfig())"
         )
-    device = next(model.parameters()).device.type
-    if implementation not in (None, "auto") and (reason := unavailable(implementation, device)):
-        raise NotImplementedError(f"implementation {implementation!r} cannot run here: {reason}")
+    for device in {p.device.type for _, layer in layers for p in layer.lora_A.parameters()}:
+        if implementation not in (None, "auto") and (reason := unavailable(implementation, device)):
+            raise NotImplementedError(
+                f"implementation {implementation!r} cannot run here: {reason}"
+            )
+    uncalled = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     fused, left = {}, {}
     for name, layer in layers:
+        if layer in uncalled:
+            left[name] = "nn.MultiheadAttention reads its weight and never calls it"
+            continue
         if not isinstance(layer, SketchedForward):
             if (refusal := _refusal(layer)) is not None:
                 left[name] = refusal

@@ -111,7 +111,7 @@ def test_a_layer_with_a_forward_of_its_own_is_left_and_named():
     del layer.forward
     fslora_kernels.fuse(model)
     layer.forward = torch.compile(layer.forward, backend="eager")
-    with pytest.raises(ValueError, match="del layer.forward"):
+    with pytest.raises(ValueError, match=r"del layer\.forward"):
         fslora_kernels.unfuse(model)
     torch.testing.assert_close(model(X), want)
 
@@ -198,3 +198,25 @@ def test_layers_that_are_no_linear_stay_vanilla_and_are_named():
     assert [type(module) for module in model.modules()] == classes
     assert not report.fused
     assert all(name in str(report) for name in ("Conv2d is not", "Embedding is not"))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_the_projection_that_multihead_attention_never_calls_is_left():
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["attention", "out"], init_lora_weights=False)
+    model, x = get_peft_model(Attention(), config), torch.randn(2, 3, 8)
+    want = model(x)
+    report = fslora_kernels.fuse(model)
+    torch.testing.assert_close(model(x), want)
+    assert [name.rsplit(".", 1)[1] for name in report.fused] == ["out"]
+    assert {name.rsplit(".", 1)[1] for name in report.left} == {"attention", "out_proj"}
+    assert "never calls it" in str(report)

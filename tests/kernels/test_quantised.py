@@ -1,6 +1,8 @@
 """Quantised base layers keep their own product; the adapter's delta is added to it."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import fslora_kernels
+from fslora_kernels.nn import fuse as fuse_module
 
 # What the quantisation libraries say about themselves when they are imported.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -91,3 +94,24 @@ def test_a_copy_of_a_fused_quantised_model_works(model):
     fslora_kernels.fuse(model)
     want = outputs_and_gradients(model)
     torch.testing.assert_close(outputs_and_gradients(copy.deepcopy(model)), want)
+
+
+@pytest.mark.parametrize("path", fuse_module.QUANTISED)
+def test_a_fused_quantised_layer_s_class_is_found_by_its_name(path):
+    """As pickle looks for it, in a process that has fused nothing yet."""
+    module, _, name = path.rpartition(".")
+    pytest.importorskip(module, reason="its library is not installed", exc_type=ImportError)
+    pickled = f"cfslora_kernels.nn.fuse\nSketched{name}\n.".encode()
+    code = f"""if True:
+        import pickle
+        found = pickle.loads({pickled!r})
+        assert pickle.loads(pickle.dumps(found)) is found
+        print(found.__bases__[1].__name__)
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == name, run.stderr
+
+
+def test_an_unknown_name_is_no_attribute():
+    with pytest.raises(AttributeError, match="SketchedNothing"):
+        _ = fuse_module.SketchedNothing
