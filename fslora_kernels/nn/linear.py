@@ -6,7 +6,7 @@ changes it back, so modules, parameters, hooks and optimizers stay the same obje
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,7 +89,12 @@ class SketchedForward:
         """Return base(x) plus the active adapters' deltas, ``[..., out_features]``."""
         vanilla = _vanilla_reason(self, args, kwargs)
         if vanilla is not None:
-            if self.restrictions and not self.disable_adapters:
+            used = {
+                *self.active_adapters,
+                *self.merged_adapters,
+                *(kwargs.get("adapter_names") or ()),
+            }
+            if not self.disable_adapters and not used.isdisjoint(self.restrictions):
                 raise ValueError(
                     f"a sketch is set on this layer, but {vanilla}, which runs PEFT's own code "
                     "with the whole adapter; call fslora_kernels.sketch(model, None) and "
@@ -107,6 +112,36 @@ class SketchedForward:
                 y = _add_adapter(self, name, x, base, y)
         return base(x) if y is None else y
 
+    def merge(
+        self: Any,
+        safe_merge: bool = False,  # noqa: FBT001, FBT002
+        adapter_names: list[str] | None = None,
+    ) -> None:
+        """Merge whole adapters into the base weight, as PEFT does.
+
+        Raises:
+            ValueError: one of them is sketched or replaced by leaves, so this layer computes
+                something else than what would be merged.
+        """
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name in self.restrictions:
+                raise ValueError(
+                    f"the adapter {name!r} is sketched, or leaves are bound to it, and PEFT merges "
+                    "its whole factors at the scale of all ranks; scatter leaves that are to be "
+                    "merged, then call fslora_kernels.sketch(model, None) (see there what a sketch "
+                    "that stays the same for a whole training means)"
+                )
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
+
+    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Move the index sets along with the factors."""
+        super()._apply(*args, **kwargs)  # type: ignore[misc]
+        for name, restriction in self.restrictions.items():
+            if restriction.index is not None:
+                index = beside(restriction.index, self.lora_A[name].weight)
+                self.restrictions[name] = replace(restriction, index=index)
+        return self
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and what it was restricted to."""
         super().delete_adapter(adapter_name)  # type: ignore[misc]
@@ -115,6 +150,11 @@ class SketchedForward:
 
 class SketchedLoRALinear(SketchedForward, PeftLinear):  # type: ignore[misc]
     """``peft.tuners.lora.Linear`` computed by ``sketched_linear``."""
+
+
+def beside(index: Tensor, factor: Tensor) -> Tensor:
+    """Return an index set on a factor's device; as it is where that is the empty meta device."""
+    return index if factor.device.type == "meta" else index.to(factor.device)
 
 
 def _vanilla_reason(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:  # noqa: ANN401
@@ -158,15 +198,17 @@ def _add_adapter(
     """Return base(x) plus this adapter's delta, or y plus it where y is given."""
     restriction = layer.restrictions.get(name, UNRESTRICTED)
     scale, index = layer.scaling[name], restriction.index
+    rank = layer.lora_A[name].weight.shape[0]  # hotswap leaves PEFT's layer.r as it was
     if restriction.leaves is not None:
         lora_a, lora_b = restriction.leaves
         relative = restriction.scale
-        scale = scale * (layer.r[name] / lora_a.shape[0] if relative is None else relative)
+        scale = scale * (rank / lora_a.shape[0] if relative is None else relative)
     else:
         lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight.t()
         if index is not None:
-            scale = scale * (layer.r[name] / index.shape[0])
-    check_devices(x.device, "the layer's input", adapter=lora_a, index=index)
+            scale = scale * (rank / index.shape[0])
+            index = index.to(x.device)  # nn.DataParallel's replicas share one restriction
+    check_devices(x.device, "the layer's input", adapter=lora_a)
     bias = layer.lora_B[name].bias * layer.scaling[name] if layer.lora_bias[name] else None
     weight = None
     if y is None:

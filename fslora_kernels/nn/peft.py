@@ -10,13 +10,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from fslora_kernels.nn.fuse import FusedLayers, fuse, fused_layers
-from fslora_kernels.nn.linear import Restriction
+from fslora_kernels.nn.linear import Restriction, beside
 from fslora_kernels.sampling import draw_indices, sketch_size
 from fslora_kernels.weights import Adapters, LoRAWeights, check_devices, check_index, check_whole
+
+NEED_ALL_RANKS = ("pissa", "olora", "corda", "lora_ga", "loftq", "orthogonal")
 
 
 def ranks(model: nn.Module, *, adapter_name: str | None = None) -> dict[str, int]:
@@ -40,7 +42,7 @@ def ranks(model: nn.Module, *, adapter_name: str | None = None) -> dict[str, int
         wanted = "an active adapter" if adapter_name is None else f"the adapter {adapter_name!r}"
         raise ValueError(f"no fused layer has {wanted}; call fslora_kernels.fuse(model) first")
     return {
-        name: layer.r[adapter]
+        name: _rank(layer, adapter)
         for name, layer, adapter in _named(layers, dict.fromkeys(names), adapter_name)
     }
 
@@ -67,6 +69,22 @@ def _named(
         yield name, layer, adapter
 
 
+def _rank(layer: Any, adapter: str) -> int:  # noqa: ANN401
+    """Return R as the factors have it: PEFT's hotswap leaves ``layer.r`` as it was."""
+    rank: int = layer.lora_A[adapter].weight.shape[0]
+    return rank
+
+
+def _check_index(index: object, layer: Any, name: str, adapter: str) -> Tensor:  # noqa: ANN401
+    if not isinstance(index, Tensor):
+        raise ValueError(  # noqa: TRY004
+            f"the index set of {name} is a {type(index).__name__}; give a one-dimensional int64 "
+            "tensor, torch.tensor([...])"
+        )
+    check_index(index, _rank(layer, adapter))
+    return index
+
+
 def sketch(
     model: nn.Module,
     indices: Mapping[str, Tensor | None] | None,
@@ -75,12 +93,20 @@ def sketch(
 ) -> None:
     """View mode: let layers use only some ranks of their own factors, scaled by rank / size.
 
-    Replaces every sketch set before; layers that are not named use all their ranks. Gradients
-    keep the full shapes and are zero outside the index set.
+    Replaces every sketch and all leaves set before, or those of the named adapter; layers that are
+    not named use all their ranks. Gradients keep the full shapes and are zero outside the index
+    set. Keep a sketch until the backward pass is done: gradient checkpointing runs the forward pass
+    again then, and would take a new one.
+
+    What is saved or merged is always the whole adapter at its own scale, that is after
+    ``sketch(model, None)``. Under sketches that change it is what they are in the mean. One that
+    stayed the same for a whole training multiplied its ranks by R/S, and the saved delta would be
+    S/R of the trained one: multiply these columns of ``lora_B`` by R/S before.
 
     Args:
         model: a fused model.
-        indices: module name to int64 ``[S]``, ascending (None: all ranks); None clears all.
+        indices: module name to int64 ``[S]``, ascending (None: all ranks), which is copied; None
+            clears all.
         adapter_name: the adapter that is meant; default the active one.
 
     Raises:
@@ -92,10 +118,11 @@ def sketch(
     for name, layer, adapter in named:
         index = (indices or {})[name]
         if index is not None:
-            check_index(index, layer.r[adapter])
-            index = index.to(layer.lora_A[adapter].weight.device)
+            _check_index(index, layer, name, adapter)
+            with torch.inference_mode(mode=False):  # backward refuses a tensor of that mode
+                index = beside(index.clone(), layer.lora_A[adapter].weight)
         restrictions.append((layer, adapter, index))
-    _unrestrict(layers)
+    _unrestrict(layers, adapter_name)
     for layer, adapter, index in restrictions:
         if index is not None:
             layer.restrictions[adapter] = Restriction(index=index)
@@ -122,8 +149,7 @@ def extract(
         lora_a, lora_b = _factors(layer, adapter)
         index = indices[name]
         if index is not None:
-            check_index(index, layer.r[adapter])
-            index = index.to(lora_a.device)
+            index = _check_index(index, layer, name, adapter).to(lora_a.device)
             lora_a, lora_b = lora_a[index], lora_b[index]
         adapters[name] = LoRAWeights(
             lora_a.clone(memory_format=torch.contiguous_format).requires_grad_(),
@@ -141,7 +167,8 @@ def bind(
 ) -> None:
     """Compact mode: let layers compute with these leaves instead of their own factors.
 
-    The layer's own parameters are not touched. Replaces what was bound or sketched before.
+    The layer's own parameters are not touched. Replaces what was bound or sketched before, or of
+    the named adapter alone.
 
     Args:
         model: a fused model, or its ``fused_layers``, which saves the walk through it.
@@ -158,7 +185,7 @@ def bind(
     named = list(_named(layers, adapters, adapter_name))
     for name, layer, adapter in named:
         (rank, *inputs), b_shape = (tuple(factor.shape) for factor in adapters[name])
-        most, wanted = layer.r[adapter], (layer.in_features, layer.out_features)
+        most, wanted = _rank(layer, adapter), (layer.in_features, layer.out_features)
         if not 0 < rank <= most or inputs != [wanted[0]] or b_shape != (rank, wanted[1]):
             raise ValueError(
                 f"the leaves of {name} are {(rank, *inputs)} and {b_shape}, but the layer takes "
@@ -166,7 +193,7 @@ def bind(
             )
     if isinstance(scale, Mapping):
         _check_scales(scale, adapters)
-    _unrestrict(layers)
+    _unrestrict(layers, adapter_name)
     for name, layer, adapter in named:
         own = scale[name] if isinstance(scale, Mapping) else scale
         layer.restrictions[adapter] = Restriction(leaves=adapters[name], scale=own)
@@ -186,12 +213,15 @@ def _check_scales(scales: Mapping[str, Tensor], adapters: Adapters) -> None:
 
 def unbind(model: nn.Module | FusedLayers) -> None:
     """Let every layer use its own full factors again (clears sketches too)."""
-    _unrestrict(fused_layers(model))
+    _unrestrict(fused_layers(model), None)
 
 
-def _unrestrict(layers: Mapping[str, Any]) -> None:
+def _unrestrict(layers: Mapping[str, Any], adapter_name: str | None) -> None:
     for layer in layers.values():
-        layer.restrictions.clear()
+        if adapter_name is None:
+            layer.restrictions.clear()
+        else:
+            layer.restrictions.pop(adapter_name, None)
 
 
 def scatter(
@@ -210,19 +240,24 @@ def scatter(
         adapter_name: the adapter that is meant; default the active one.
 
     Raises:
-        ValueError: unknown module, missing or wrong index set.
+        ValueError: unknown module, missing or wrong index set, or factors that do not fit the
+            layer; nothing is written then.
     """
     named = list(_named(fused_layers(model), adapters, adapter_name))
     for name, layer, adapter in named:
         index = indices.get(name)
-        size = layer.r[adapter] if index is None else index.shape[0]
+        size = _rank(layer, adapter)
         if index is not None:
-            check_index(index, layer.r[adapter])
-        if size != adapters[name].rank:
+            size = len(_check_index(index, layer, name, adapter))
+        found = [tuple(factor.shape) for factor in adapters[name]]
+        wanted = [(size, layer.in_features), (size, layer.out_features)]
+        if adapters[name].rank != size:
             raise ValueError(
                 f"{name} has {adapters[name].rank} ranks to write back but its index set has "
                 f"{size}; pass the index sets that the leaves were extracted with"
             )
+        if found != wanted:
+            raise ValueError(f"the leaves of {name} are {found}, but the layer takes {wanted}")
     for name, layer, adapter in named:
         lora_a, lora_b = _factors(layer, adapter)
         index = indices.get(name)
@@ -237,6 +272,22 @@ def _factors(layer: Any, adapter: str) -> LoRAWeights:  # noqa: ANN401
     check_whole(layer.lora_A[adapter].weight, "lora_A.weight", remedy)
     return LoRAWeights(
         layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach().t()
+    )
+
+
+def needs_all_ranks(config: PeftConfig) -> str | None:
+    """Say why a sketch of an adapter that was just initialised changes the model, or None.
+
+    PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ take the adapter's product out of the base weight;
+    "orthogonal" starts from ranks whose products cancel. All others start from zero, and False says
+    that the model is changed anyway.
+    """
+    method = getattr(config, "init_lora_weights", True)
+    if not isinstance(method, str) or not method.lower().startswith(NEED_ALL_RANKS):
+        return None
+    return (
+        f"init_lora_weights={method!r} starts from an adapter of which all ranks together give the "
+        "pretrained model, and a sketch of them does not"
     )
 
 
@@ -257,7 +308,8 @@ def get_sketched_peft_model(
         peft_config: a ``LoraConfig``.
         adapter_name: of the adapter.
         ratio: sketch ratio S/R in (0, 1]; 1 trains every rank. Below 1 the same S ranks of each
-            layer stay selected until ``sketch`` is called again, as ``SketchCallback`` does.
+            layer stay selected until ``sketch`` is called again, as ``SketchCallback`` does. If
+            nothing does, see ``sketch`` for what has to be scaled before the model is saved.
         seed: of the index sets.
         implementation: as ``fuse`` takes it.
         arguments: passed on to ``peft.get_peft_model``.
@@ -266,11 +318,18 @@ def get_sketched_peft_model(
         The ``PeftModel``; layers that cannot be fused stay vanilla, and a warning names them.
 
     Raises:
-        ValueError: the ratio is not in (0, 1], or no LoRA layer of the model can be fused.
+        ValueError: the ratio is not in (0, 1], the config is of another method than LoRA or starts
+            from an adapter that a sketch would break, or no LoRA layer can be fused.
 
     Source: arXiv 2501.19389.
     """
     sketch_size(1, ratio)
+    if not isinstance(peft_config, LoraConfig):
+        raise ValueError(  # noqa: TRY004
+            f"a {type(peft_config).__name__} has no ranks to sketch; pass a peft.LoraConfig"
+        )
+    if ratio < 1.0 and (reason := needs_all_ranks(peft_config)) is not None:
+        raise ValueError(f"{reason}; leave init_lora_weights at True, or train with ratio=1.0")
     wrapped = get_peft_model(model, peft_config, adapter_name, **arguments)
     report = fuse(wrapped, implementation)
     if not report.fused:

@@ -108,6 +108,41 @@ def test_a_sketch_of_one_adapter_leaves_the_other_alone(two):
         torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("act", ["sketch", "bind", "clear"])
+def test_what_is_set_on_one_adapter_leaves_what_is_set_on_another(two, act):
+    model, _ = two
+    name = fslora_kernels.modules(model)[0]
+    layer, index = model.get_submodule(name), {name: torch.tensor([1])}
+    fslora_kernels.sketch(model, index, adapter_name="default")
+    kept = layer.restrictions["default"]
+    leaves = fslora_kernels.extract(model, index, adapter_name="second")
+    fslora_kernels.bind(model, leaves, adapter_name="second")
+    if act == "bind":
+        assert layer.restrictions["second"].leaves is leaves[name]
+    else:
+        fslora_kernels.sketch(model, index if act == "sketch" else None, adapter_name="second")
+        assert ("second" in layer.restrictions) == (act == "sketch")
+    assert layer.restrictions["default"] is kept
+    fslora_kernels.sketch(model, None)
+    assert not layer.restrictions
+
+
+def test_a_sketch_of_an_inactive_adapter_is_no_hindrance(two):
+    model, vanilla = two
+    name = fslora_kernels.modules(model)[0]
+    fslora_kernels.sketch(model, {name: torch.tensor([1])})
+    for each in two:
+        torch.manual_seed(4)
+        each.add_adapter("dora", config(use_dora=True))
+        each.set_adapter("dora")
+    torch.testing.assert_close(model(X), vanilla(X))
+    model.merge_adapter(["second"])
+    vanilla.merge_adapter(["second"])
+    torch.testing.assert_close(model(X), vanilla(X))
+    with pytest.raises(ValueError, match="'default' is sketched"):
+        model.merge_adapter(["default"])
+
+
 def test_an_adapter_added_as_dora_is_peft_s_own(two):
     model, vanilla = two
     for each in two:
@@ -151,3 +186,28 @@ def test_hot_swapping_an_adapter(base, tmp_path):
     scaling = model.get_submodule(fslora_kernels.modules(model)[0]).scaling["default"]
     assert isinstance(scaling, torch.Tensor)
     torch.testing.assert_close(model(X), want)
+
+
+def test_hot_swapping_to_a_larger_rank(base, tmp_path):
+    """The factors are the rank's only witness: PEFT's ``layer.r`` stays as it was."""
+    other = get_peft_model(copy.deepcopy(base), config(rank=8))
+    other.save_pretrained(tmp_path)
+    model = get_peft_model(base, config(rank=2))
+    fslora_kernels.fuse(model)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    hotswap_adapter(model, tmp_path, adapter_name="default")
+    names = fslora_kernels.modules(model)
+    assert fslora_kernels.ranks(model) == dict.fromkeys(names, 8)
+    index = dict.fromkeys(names, torch.tensor([1, 7]))
+    fslora_kernels.fuse(other)
+    for each in (model, other):
+        fslora_kernels.sketch(each, index)
+    want = other(X)
+    torch.testing.assert_close(model(X), want)
+    leaves = fslora_kernels.extract(model, index)
+    fslora_kernels.bind(model, leaves)
+    torch.testing.assert_close(model(X), want)
+    fslora_kernels.scatter(model, leaves, index)
+    fslora_kernels.bind(model, fslora_kernels.extract(model, dict.fromkeys(names)))
+    fslora_kernels.sketch(other, None)
+    torch.testing.assert_close(model(X), other(X))

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import fslora_kernels
+from fslora_kernels.nn import fuse as fuse_module
 from fslora_kernels.testing import check_error_budget
 
 from .models import bert, llama, logits_and_gradients, tokens
@@ -347,6 +348,14 @@ def test_a_dropout_that_is_more_than_a_probability_is_left_to_peft(dropout):
             ),
             "1 ranks to write back",
         ),
+        (lambda m, n: fslora_kernels.sketch(m, {n: [1, 2]}), "is a list; give a"),
+        (lambda m, n: fslora_kernels.extract(m, {n: [1, 2]}), "is a list; give a"),
+        (
+            lambda m, n: fslora_kernels.scatter(
+                m, fslora_kernels.extract(m, {n: None}), {n: range(8)}
+            ),
+            "is a range; give a",
+        ),
         (lambda m, n: fslora_kernels.fuse(m, "cuda"), "unknown implementation"),
         (lambda m, n: fslora_kernels.fuse(nn.Linear(2, 2)), "no LoRA layer"),
     ],
@@ -358,52 +367,19 @@ def test_bad_calls_are_named(act, message):
         act(model, name)
 
 
-def test_a_sketch_is_never_ignored():
-    model = tiny(nn.Linear(6, 4))
-    name = next(iter(fslora_kernels.fuse(model).fused))
-    fslora_kernels.sketch(model, {name: torch.tensor([1])})
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="a sketch is set"):
-        model(torch.ones(1, 6))
-
-
 def test_an_implementation_that_cannot_run_is_refused_at_once(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(NotImplementedError, match="need a GPU"):
         fslora_kernels.fuse(tiny(nn.Linear(6, 4)), "triton")
 
 
-def test_leaves_may_have_a_scale_of_their_own():
-    model = tiny(nn.Linear(6, 4))
-    name = next(iter(fslora_kernels.fuse(model).fused))
-    layer, x = model.get_submodule(name), torch.ones(1, 6)
-    leaves = fslora_kernels.extract(model, {name: torch.tensor([1, 6])})
-    a, b = leaves[name]
-    for relative, factor in ((None, 8 / 2), (0.5, 0.5)):
-        fslora_kernels.bind(model, leaves, scale=relative)
-        want = layer.base_layer(x) + factor * layer.scaling["default"] * (x @ a.T) @ b
-        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
-
-
-def test_each_rank_of_the_leaves_may_have_a_scale_of_its_own():
-    model = tiny(nn.Linear(6, 4)).double()
-    name = next(iter(fslora_kernels.fuse(model).fused))
-    layer, x = model.get_submodule(name), torch.randn(5, 6).double()
-    a, b = leaves = fslora_kernels.extract(model, {name: torch.tensor([1, 6])})[name]
-    scales = torch.tensor([0.5, 3.0]).double()
-    fslora_kernels.bind(model, {name: leaves}, scale={name: scales})
-    want = layer.base_layer(x) + layer.scaling["default"] * (x @ a.T * scales) @ b
-    got = model(x)
-    torch.testing.assert_close(got, want)
-    gradients = (torch.autograd.grad(y.square().sum(), (a, b)) for y in (got, want))
-    for ours, exact in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, exact)
-
-
-@pytest.mark.parametrize("scales", [None, torch.ones(3), torch.ones(2, requires_grad=True)])
-def test_scales_that_do_not_fit_the_ranks_are_refused(scales):
-    model = tiny(nn.Linear(6, 4))
-    name = next(iter(fslora_kernels.fuse(model).fused))
-    leaves = fslora_kernels.extract(model, {name: torch.tensor([1, 6])})
-    with pytest.raises(ValueError, match="has 2 ranks and the scales"):
-        fslora_kernels.bind(model, leaves, scale={} if scales is None else {name: scales})
+def test_an_implementation_is_refused_by_where_the_adapters_are(monkeypatch):
+    """Not by the first parameter, which may be an embedding that is offloaded."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    seen = []
+    monkeypatch.setattr(fuse_module, "unavailable", lambda _, device: seen.append(device))
+    model = nn.Sequential(nn.Linear(6, 4), nn.Embedding(5, 6, device="meta"), nn.Linear(6, 4))
+    model = get_peft_model(model, LoraConfig(target_modules=["2"]))
+    model.base_model.model[0].to("meta")
+    fslora_kernels.fuse(model, "triton")
+    assert seen == ["cpu"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 
 import fslora_kernels
@@ -15,7 +15,8 @@ def base():
 
 def config(**settings):
     return LoraConfig(
-        r=8, lora_alpha=8, target_modules=["0", "1"], init_lora_weights=False, **settings
+        **{"r": 8, "lora_alpha": 8, "target_modules": ["0", "1"], "init_lora_weights": False}
+        | settings
     )
 
 
@@ -59,12 +60,28 @@ def test_layers_that_stay_vanilla_are_named():
     [
         ({}, {"ratio": 0.0}, "a sketch ratio is in"),
         ({"use_dora": True}, {}, "DoraLinearVariant"),
+        *(
+            ({"init_lora_weights": method}, {"ratio": 0.5}, "of which all ranks together")
+            for method in ("pissa", "pissa_niter_4", "olora", "orthogonal")
+        ),
         ({}, {"implementation": "cuda"}, "unknown implementation"),
     ],
 )
 def test_bad_calls_are_named(settings, arguments, message):
     with pytest.raises(ValueError, match=message):
         fslora_kernels.get_sketched_peft_model(base(), config(**settings), **arguments)
+
+
+def test_another_method_than_lora_is_named():
+    with pytest.raises(ValueError, match="a LoHaConfig has no ranks"):
+        fslora_kernels.get_sketched_peft_model(base(), LoHaConfig(target_modules=["0"]))
+
+
+def test_an_initialisation_that_needs_all_ranks_may_train_them_all():
+    plain, x = base(), torch.ones(1, 6)
+    want = plain(x)
+    chosen = config(init_lora_weights="olora", r=4)
+    torch.testing.assert_close(fslora_kernels.get_sketched_peft_model(plain, chosen)(x), want)
 
 
 def test_a_quantised_layer_whose_library_is_missing_is_named():
