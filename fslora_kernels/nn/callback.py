@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
 from fslora_kernels.nn.fuse import fuse, fused_layers
-from fslora_kernels.nn.peft import ranks, sketch
+from fslora_kernels.nn.linear import Restriction
+from fslora_kernels.nn.peft import needs_all_ranks, ranks, sketch
 from fslora_kernels.sampling import draw_indices, sketch_size
 from fslora_kernels.seeds import fold_in
 
@@ -65,15 +66,16 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
     """Train some ranks of the adapter at a time: every few steps another set in every layer.
 
     A step computes with S of the R ranks, and gives gradients to these only; S/R is the sketch
-    ratio. The model is fused when training begins, unless it is already.
+    ratio. Whatever of the model is not fused yet is fused when training begins.
 
     Every layer draws its ranks uniformly, from the seed and the step alone: a run that resumes from
     a checkpoint goes on with the sets that it would have had, and all processes of a distributed
     run use the same. With gradient accumulation a set holds for the whole optimizer step.
 
     A sketch is set from the beginning of a step to its end. Evaluation, and whatever comes after
-    training, uses the whole adapter. The factors keep their full shapes, so a saved adapter is a
-    plain PEFT adapter.
+    training, uses the whole adapter. A step that an exception or an interrupt ends leaves its
+    sketch set: call ``sketch(model, None)`` then; the next training does so too. The factors keep
+    their full shapes, so a saved adapter is a plain PEFT adapter.
 
     Stock AdamW also moves ranks outside the sketch: their gradients are zero, but they follow old
     momentum and decay. ``fslora_kernels.SketchedAdamW`` does not; the example passes it.
@@ -85,7 +87,8 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
         seed: of the index sets.
         adapter_name: the adapter that is sketched; default the active one.
         evaluate_sketched: let evaluations during training use the sketch of the step before.
-        implementation: what ``fuse`` is called with, where it has to be called.
+        implementation: what ``fuse`` is called with, unless some layers are fused already: the
+            others then get what these have.
 
     Raises:
         ValueError: ``every`` is below 1, or a fixed ratio is not in (0, 1].
@@ -125,40 +128,52 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
         self.adapter_name = adapter_name
         self.evaluate_sketched = evaluate_sketched
         self.implementation = implementation
-        self._drawn: tuple[int, dict[str, Tensor | None]] | None = None
+        self._drawn: int | None = None
+        self._restrictions: dict[str, dict[str, Restriction]] = {}
 
     def on_train_begin(self, *_: object, model: nn.Module, **_rest: object) -> None:
-        """Fuse the model unless it is fused.
+        """Fuse what is not fused, and clear what an earlier run has left set.
 
         Raises:
             ValueError: no layer of the model can be sketched.
         """
         self._drawn = None
-        if fused_layers(model):
-            return
-        report = fuse(model, self.implementation)
+        layers = fused_layers(model).values()
+        report = fuse(model, next((each.implementation for each in layers), self.implementation))
         if not report.fused:
             raise ValueError(f"no LoRA layer of this model can be sketched: {report}")
         if report.left:
             log.warning("layers that are left use all their ranks: %s", report)
+        sketch(model, None, adapter_name=self.adapter_name)
+        for name, config in getattr(model, "peft_config", {}).items():
+            if self.adapter_name in (None, name) and (reason := needs_all_ranks(config)):
+                log.warning("adapter %s: %s; every step changes that model", name, reason)
 
     def on_step_begin(
         self, _args: object, state: TrainerState, *_: object, model: nn.Module, **_rest: object
     ) -> None:
         """Set the sketch of this step, a new one where it is due."""
         step = state.global_step - state.global_step % self.every
-        if self._drawn is None or self._drawn[0] != step:
-            self._drawn = (step, self._draw(model, step))
-        sketch(model, self._drawn[1], adapter_name=self.adapter_name)
+        if self._drawn != step:
+            sketch(model, self._draw(model, step), adapter_name=self.adapter_name)
+            self._restrictions = {
+                name: {a: r for a, r in each.restrictions.items() if self.adapter_name in (None, a)}
+                for name, each in fused_layers(model).items()
+            }
+            self._drawn = step
+        else:  # checked, and on the adapter's device, since it was drawn
+            sketch(model, None, adapter_name=self.adapter_name)
+            for name, layer in fused_layers(model).items():
+                layer.restrictions.update(self._restrictions.get(name, {}))
 
     def on_step_end(self, *_: object, model: nn.Module, **_rest: object) -> None:
         """Clear the sketch, for evaluation and whatever else comes between two steps."""
         if not self.evaluate_sketched:
-            sketch(model, None)
+            sketch(model, None, adapter_name=self.adapter_name)
 
     def on_train_end(self, *_: object, model: nn.Module, **_rest: object) -> None:
         """Clear the sketch."""
-        sketch(model, None)
+        sketch(model, None, adapter_name=self.adapter_name)
 
     def _draw(self, model: nn.Module, step: int) -> dict[str, Tensor | None]:
         ratio = self.ratio(step) if callable(self.ratio) else self.ratio

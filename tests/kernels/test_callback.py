@@ -4,10 +4,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import fslora_kernels
 from fslora_kernels.nn.callback import SketchCallback, linear_ratio, random_ratio
+from fslora_kernels.nn.fuse import fused_layers
 from fslora_kernels.nn.linear import SketchedLoRALinear
 
 from .models import llama, tokens
@@ -76,6 +77,10 @@ def trainer(model, folder, *callbacks, optimizer=None, **settings):
 @pytest.fixture
 def model(shared_data):
     return llama(shared_data, target_modules=["q_proj", "v_proj"])
+
+
+def config(*targets, **settings):
+    return LoraConfig(r=RANK, target_modules=list(targets), **settings)
 
 
 def run(model, folder, callback, *, resume=None, **settings):
@@ -246,3 +251,69 @@ def test_layers_that_are_left_are_named(caplog):
     model = get_peft_model(layers, LoraConfig(target_modules=["0", "1"]))
     SketchCallback().on_train_begin(model=model)
     assert "base_model.model.1" in caplog.text
+
+
+def step_of(callback, model, step):
+    callback.on_step_begin(None, TrainerState(global_step=step), None, model=model)
+
+
+def layers_of(model):
+    return list(fused_layers(model).values())
+
+
+def test_layers_that_a_later_adapter_adds_are_sketched_too():
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), config("0"))
+    fslora_kernels.fuse(model, "torch")
+    model.add_adapter("later", config("0", "1"))
+    callback = SketchCallback(0.25, adapter_name="later", implementation="triton")
+    callback.on_train_begin(model=model)
+    step_of(callback, model, 0)
+    assert [len(layer.restrictions["later"].index) for layer in layers_of(model)] == [2, 2]
+    assert {layer.implementation for layer in layers_of(model)} == {"torch"}
+
+
+@pytest.mark.parametrize("evaluate_sketched", [False, True])
+def test_what_an_earlier_run_left_set_is_cleared_before_training(evaluate_sketched):
+    """Also for an evaluation at its start."""
+    base = nn.Sequential(nn.Linear(6, 4))
+    model = fslora_kernels.get_sketched_peft_model(base, config("0"), ratio=0.5)
+    assert layers_of(model)[0].restrictions
+    SketchCallback(evaluate_sketched=evaluate_sketched).on_train_begin(model=model)
+    assert not layers_of(model)[0].restrictions
+
+
+def test_a_sketch_is_kept_as_it_is_until_the_next_is_due():
+    """On a GPU each new one is a copy to the device."""
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), config("0"))
+    callback = SketchCallback(0.25, every=2)
+    callback.on_train_begin(model=model)
+    found = []
+    for step in range(3):
+        step_of(callback, model, step)
+        found.append(layers_of(model)[0].restrictions["default"].index)
+        callback.on_step_end(model=model)
+        assert not layers_of(model)[0].restrictions
+    assert found[0] is found[1]
+    assert found[2] is not found[0]
+
+
+def test_the_other_adapters_keep_what_is_set_on_them():
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), config("0"))
+    model.add_adapter("own", config("0"))
+    callback = SketchCallback(0.25, adapter_name="default")
+    callback.on_train_begin(model=model)
+    (name,) = fslora_kernels.modules(model)
+    fslora_kernels.sketch(model, {name: torch.tensor([1])}, adapter_name="own")
+    step_of(callback, model, 0)
+    assert set(layers_of(model)[0].restrictions) == {"default", "own"}
+    callback.on_step_end(model=model)
+    callback.on_train_end(model=model)
+    assert set(layers_of(model)[0].restrictions) == {"own"}
+
+
+def test_an_initialisation_that_needs_all_ranks_is_named(caplog):
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(16, 16)), config("0", init_lora_weights="orthogonal")
+    )
+    SketchCallback().on_train_begin(model=model)
+    assert "orthogonal" in caplog.text
