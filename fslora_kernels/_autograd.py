@@ -7,6 +7,12 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on for a tensor's device; the meta device knows none."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -117,3 +117,22 @@ class SketchedLinearContract:
             check_error_budget(
                 value.to(eager[name].dtype), eager[name], exact[name], name=name, factor=3.0
             )
+
+    @pytest.mark.parametrize("base", [True, False])
+    def test_small_gradients_of_float32_factors_on_a_float16_input_survive(self, base):
+        """As in PEFT: dy Bᵀ, a product of two small numbers, is zero in float16."""
+        case = Case("small gradients", 64, 96, 80, 8, 4, bias=True, base=base)
+        arguments = inputs(case, torch.float32, device=self.device)
+        arguments["lora_b"] *= 1e-4
+        low = {
+            name: value.half() if name in ("x", "weight", "bias") and value is not None else value
+            for name, value in arguments.items()
+        }
+        dy = self.dy(case, torch.float32) * 1e-6
+        actual = value_and_gradients(self.call, low, dy)
+        wanted = value_and_gradients(reference, arguments, dy.half().float())
+        for name in ("lora_a", "lora_b"):
+            relative = (actual[name] - wanted[name]).norm() / wanted[name].norm()
+            assert actual[name].dtype == torch.float32
+            assert relative < 1e-3, name
+        assert actual["y"].dtype == actual["x"].dtype == torch.float16

@@ -171,3 +171,20 @@ class GroupedContract:
         gradients = torch.autograd.grad(y, list(leaves.values()), dy)
         for name, gradient in zip(wanted, gradients, strict=True):
             assert torch.equal(gradient, every[name]), name
+
+    @pytest.mark.parametrize("base", [True, False])
+    def test_small_gradients_of_float32_factors_on_a_float16_input_survive(self, base):
+        case = Case("small gradients", (20, 9), (3, 2), 32, 48, pool=20, bias=True, base=base)
+        arguments = inputs(case, torch.float32, device=self.device)
+        arguments["lora_b"] *= 1e-4
+        low = {
+            name: value.half() if name in ("x", "weight", "bias") and value is not None else value
+            for name, value in arguments.items()
+        }
+        dy = draw_dy(case, torch.float32, self.device) * 1e-6
+        actual = value_and_gradients(self.call, low, dy)
+        wanted = value_and_gradients(reference, arguments, dy.half().float())
+        assert actual["y"].dtype == actual["x"].dtype == torch.float16
+        for name in ("lora_a", "lora_b"):
+            relative = (actual[name] - wanted[name]).norm() / wanted[name].norm()
+            assert relative < 1e-3, name

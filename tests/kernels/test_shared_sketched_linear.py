@@ -109,6 +109,33 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(function, (x, *leaves))
 
 
+def test_small_gradients_of_float32_factors_on_a_float16_input_survive():
+    x, projections = problem(QKV, torch.float32)
+    half = {
+        number: {
+            name: getattr(p, name).detach().half().requires_grad_()
+            for name in ("weight", "bias")
+            if getattr(p, name) is not None
+        }
+        for number, p in enumerate(projections)
+    }
+    low = [replace(p, **half[number]) for number, p in enumerate(projections)]
+    low_x = x.detach().half().requires_grad_()
+    dys = [torch.full(y.shape, 1e-6) for y in shared_sketched_linear(x, projections)]
+    with torch.no_grad():
+        for p in projections:
+            p.lora_b.mul_(1e-4)
+    factors = [factor for p in projections for factor in (p.lora_a, p.lora_b)]
+    found = shared_sketched_linear(low_x, low)
+    assert {y.dtype for y in found} == {torch.float16}
+    actual = torch.autograd.grad(found, factors, [dy.half() for dy in dys])
+    wanted = torch.autograd.grad(
+        shared_sketched_linear(x, projections), factors, [dy.half().float() for dy in dys]
+    )
+    for gradient, want in zip(actual, wanted, strict=True):
+        assert (gradient - want).norm() < 1e-3 * want.norm()
+
+
 def test_leading_dimensions_and_autocast():
     x, projections = problem(QKV, torch.float32)
     flat = shared_sketched_linear(x, projections)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fslora_kernels.ops.grouped_sketched_linear.op import Arguments, GroupedSketchedLinear, choose
-from fslora_kernels.ops.sketched_linear.interface import in_compute_dtype
+from fslora_kernels.ops.sketched_linear.interface import in_compute_dtype, plus_base, widens
 from fslora_kernels.weights import check_devices, check_index, check_index_kind
 
 
@@ -34,8 +34,7 @@ def grouped_sketched_linear(
     ``x``, ``lora_a``, ``lora_b`` and, where they require them, to ``weight`` and ``bias``. Those
     of the pool have its shape, are zero outside the index, and are summed in the order of the
     groups where groups share rows. What an adapter contributes does not depend on the other
-    groups of the batch. Under autocast everything is computed in autocast's dtype; else in x's
-    dtype, to which the factors are cast after they are gathered.
+    groups of the batch. Dtypes are those of ``sketched_linear``.
 
     The offsets live on the host: they decide which products are launched, and reading them from a
     GPU would wait for it. The Triton kernels copy a map of them to the GPU, once for the same
@@ -85,31 +84,33 @@ def grouped_sketched_linear(
         x.device, "x", weight=weight, lora_a=lora_a, lora_b=lora_b, index=index, bias=bias
     )
     x = in_compute_dtype(x)
+    gain = _gain(x, scale, len(token_offsets) - 1)
+    wide = widens(x, lora_a, lora_b)
     arguments = Arguments(
-        x,
-        weight,
+        x.float() if wide else x,
+        None if wide else weight,
         lora_a,
         lora_b,
         index,
-        bias,
-        _gain(x, scale, len(token_offsets) - 1),
+        None if wide else bias,
+        gain,
         token_offsets,
         rank_offsets,
     )
     choice = choose(arguments, implementation)
     y_TE: Tensor = GroupedSketchedLinear.apply(  # type: ignore[no-untyped-call]
-        x,
-        weight,
+        arguments.x,
+        arguments.weight,
         lora_a,
         lora_b,
         index,
-        bias,
-        arguments.gain,
+        arguments.bias,
+        gain,
         token_offsets,
         rank_offsets,
         choice.implementation,
     )
-    return y_TE
+    return plus_base(y_TE, x, weight, bias) if wide else y_TE
 
 
 def _offsets(name: str, offsets: Sequence[int] | Tensor) -> tuple[int, ...]:

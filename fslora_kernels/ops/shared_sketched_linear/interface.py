@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fslora_kernels.ops.shared_sketched_linear.op import SharedSketchedLinear
-from fslora_kernels.ops.sketched_linear.interface import check, in_compute_dtype
+from fslora_kernels.ops.sketched_linear.interface import check, in_compute_dtype, plus_base, widens
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +62,21 @@ def shared_sketched_linear(x: Tensor, projections: Sequence[Projection]) -> tupl
     """
     if not projections:
         raise ValueError("shared_sketched_linear needs at least one projection")
-    tensors: list[Tensor | None] = []
     for p in projections:
         check(x, p.weight, p.lora_a, p.lora_b, p.index, p.bias, None)
-        tensors += (p.weight, p.lora_a, p.lora_b.t(), p.index, p.bias)
     x_TD = in_compute_dtype(x).reshape(-1, x.shape[-1])
+    wide = widens(x_TD, *(factor for p in projections for factor in (p.lora_a, p.lora_b)))
+    tensors: list[Tensor | None] = []
+    for p in projections:
+        base = (None, None) if wide else (p.weight, p.bias)
+        tensors += (base[0], p.lora_a, p.lora_b.t(), p.index, base[1])
     scales = tuple(p.scale for p in projections)
     outputs: tuple[Tensor, ...] = SharedSketchedLinear.apply(  # type: ignore[no-untyped-call]
-        x_TD, scales, *tensors
+        x_TD.float() if wide else x_TD, scales, *tensors
     )
+    if wide:
+        outputs = tuple(
+            plus_base(y_TE, x_TD, p.weight, p.bias)
+            for y_TE, p in zip(outputs, projections, strict=True)
+        )
     return tuple(y_TE.view(*x.shape[:-1], y_TE.shape[1]) for y_TE in outputs)

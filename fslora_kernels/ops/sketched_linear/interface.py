@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from fslora_kernels._autograd import autocasts
 from fslora_kernels.ops.sketched_linear.op import Arguments, compute
 from fslora_kernels.ops.sketched_linear.traced import traceable
 from fslora_kernels.weights import check_devices, check_index, check_index_kind
@@ -29,7 +31,9 @@ def sketched_linear(
     Gradients flow to ``x``, ``lora_a``, ``lora_b`` and, where they require them, to ``weight`` and
     ``bias``. With an ``index`` the gradients of the factors have their full shapes, and are zero
     outside the selected ranks. Under autocast everything is computed in autocast's dtype; else in
-    x's dtype, to which the factors are cast after they are gathered.
+    x's dtype, to which the factors are cast after they are gathered. Float32 factors on a float16 x
+    are the exception: their delta is computed in float32, as in PEFT, because small gradients are
+    zero in float16.
 
     Args:
         x: ``[..., in_features]``, any strides.
@@ -102,16 +106,42 @@ def unchecked(
     elif seed is None and not compiling:
         seed = int(torch.randint(2**63 - 1, ()).item())
     x_TD = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    arguments = Arguments(x_TD, weight, lora_a, lora_b, index, bias, gain, dropout, seed)
-    y_TE = (traceable if compiling else compute)(arguments, implementation)
+    run = traceable if compiling else compute
+    if widens(x, lora_a, lora_b):
+        delta = Arguments(x_TD.float(), None, lora_a, lora_b, index, None, gain, dropout, seed)
+        y_TE = plus_base(run(delta, implementation), x_TD, weight, bias)
+    else:
+        arguments = Arguments(x_TD, weight, lora_a, lora_b, index, bias, gain, dropout, seed)
+        y_TE = run(arguments, implementation)
     return y_TE if x.ndim == 2 else y_TE.view(*x.shape[:-1], y_TE.shape[1])
+
+
+def widens(x: Tensor, *factors: Tensor) -> bool:
+    """Whether a delta is computed in float32 although x is of float16.
+
+    So it is where the factors are of float32. The gradients of hidden ranks, products of two small
+    numbers, are zero in float16 long before those of x. Autocast's users scale their loss.
+    """
+    return (
+        x.dtype == torch.float16
+        and torch.float32 in [factor.dtype for factor in factors]
+        and not autocasts(x)
+    )
+
+
+def plus_base(delta: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return a delta of a wider dtype plus the base layer's output: ``[T, E]`` in x's dtype."""
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    if weight is not None:
+        return functional.linear(x, weight.to(x.dtype), bias).add_(delta)
+    return (delta if bias is None else delta + bias).to(x.dtype)
 
 
 def in_compute_dtype(x: Tensor) -> Tensor:
     """Return x in the dtype that the products are computed in: autocast's where it is on."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
+    if autocasts(x) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 
