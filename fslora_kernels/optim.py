@@ -25,7 +25,8 @@ class SketchedAdamW(Optimizer):
     follow old momentum. Here each step reads the index set that ``fslora_kernels.sketch`` gave to a
     layer and leaves every other rank of its factors alone. Ranks count their steps one by one, so
     the bias correction stays right while sketches change. Layers without a sketch are stepped
-    whole; parameters that are no factor of a fused layer are stepped by torch's own AdamW.
+    whole, and of a factor that layers share, the ranks in any of their sketches; parameters that
+    are no factor of a fused layer are stepped by torch's own AdamW.
 
     Sketch, forward, backward, step, in this order: the sketch that is set when ``step`` is called
     must be the one that the gradients came from, for all batches that were accumulated into it.
@@ -132,11 +133,18 @@ class SketchedAdamW(Optimizer):
         """
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         own = [parameter for group in self.param_groups for parameter in group["params"]]
-        factors = {
+        states = {
             parameter: state_dict["state"][number]
             for number, parameter in zip(saved, own, strict=False)
-            if parameter in self._factors and number in state_dict["state"]
+            if number in state_dict["state"]
         }
+        for state in states.values():
+            if missing := {"step", "exp_avg", "exp_avg_sq"} - state.keys():
+                raise ValueError(
+                    f"the saved state has no {', '.join(sorted(missing))}, so it is of another "
+                    "optimizer; load what a SketchedAdamW of this model saved"
+                )
+        factors = {p: state for p, state in states.items() if p in self._factors}
         for parameter, state in factors.items():
             wanted = self._ranks_first(parameter, parameter).shape
             if state["step"].shape != wanted[:1] or state["exp_avg"].shape != wanted:
@@ -153,18 +161,27 @@ class SketchedAdamW(Optimizer):
 
     def _ranks_first(self, parameter: Tensor, tensor: Tensor) -> Tensor:
         """Return a factor, or a tensor of its shape, with one rank per row."""
-        _, _, columns = self._factors[parameter]
+        columns, _ = self._factors[parameter]
         return tensor.t() if columns else tensor
 
+    def _index(self, parameter: Tensor) -> Tensor | None:
+        """Return the ranks of a factor that are in a sketch, or None for all of them."""
+        _, users = self._factors[parameter]
+        found: list[Tensor] = []
+        for layer, adapter in users:
+            # A layer that was unfused has no sketch.
+            restriction = getattr(layer, "restrictions", {}).get(adapter)
+            if restriction is None or restriction.index is None:
+                return None
+            found.append(restriction.index)
+        return found[0] if len(found) == 1 else torch.unique(torch.cat(found))
+
     def _step_factor(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        layer, adapter, _ = self._factors[parameter]
-        # A layer that was unfused has no sketch.
-        restriction = getattr(layer, "restrictions", {}).get(adapter)
         rows = self._ranks_first(parameter, parameter)
         state = self.state[parameter]
         if not state:
             dtype = torch.promote_types(parameter.dtype, torch.float32)
-            state["step"] = torch.zeros(len(rows), device=parameter.device)
+            state["step"] = torch.zeros(len(rows), dtype=torch.float32, device=parameter.device)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros(rows.shape, dtype=dtype, device=parameter.device)
         sketched_adamw(
@@ -173,7 +190,7 @@ class SketchedAdamW(Optimizer):
             state["exp_avg"],
             state["exp_avg_sq"],
             state["step"],
-            None if restriction is None else restriction.index,
+            self._index(parameter),
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
@@ -184,7 +201,7 @@ class SketchedAdamW(Optimizer):
     def _step_plain(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
-                self.state[parameter]["step"] = torch.tensor(0.0)
+                self.state[parameter]["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
                 for name in ("exp_avg", "exp_avg_sq"):
                     self.state[parameter][name] = torch.zeros_like(parameter)
         states = [self.state[parameter] for parameter in parameters]
@@ -206,13 +223,16 @@ class SketchedAdamW(Optimizer):
         )
 
 
-def _factors(model: nn.Module) -> dict[Tensor, tuple[SketchedLoRALinear, str, bool]]:
-    """Return, for each factor, its layer, its adapter, and whether its ranks are columns."""
+Users = list[tuple["SketchedLoRALinear", str]]
+
+
+def _factors(model: nn.Module) -> dict[Tensor, tuple[bool, Users]]:
+    """Return, for each factor, whether its ranks are columns, and its layers and adapters."""
     from fslora_kernels.nn.fuse import fused_layers
 
-    return {
-        factor.weight: (layer, adapter, columns)
-        for layer in fused_layers(model).values()
-        for factors, columns in ((layer.lora_A, False), (layer.lora_B, True))
-        for adapter, factor in factors.items()
-    }
+    found: dict[Tensor, tuple[bool, Users]] = {}
+    for layer in fused_layers(model).values():
+        for factors, columns in ((layer.lora_A, False), (layer.lora_B, True)):
+            for adapter, factor in factors.items():
+                found.setdefault(factor.weight, (columns, []))[1].append((layer, adapter))
+    return found

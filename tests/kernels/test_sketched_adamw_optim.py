@@ -151,6 +151,50 @@ def test_a_state_of_stock_adamw_is_refused(shared_data):
     assert not optimizer.state
 
 
+def test_a_state_of_another_optimizer_is_refused(shared_data):
+    model = fused(bert, shared_data, modules_to_save=["classifier"])
+    head = [p for n, p in model.named_parameters() if p.requires_grad and "classifier" in n]
+    for params in (None, head):
+        optimizer = SketchedAdamW(model, params, **RULE)
+        saved = optimizer.param_groups[0]["params"]
+        sgd = torch.optim.SGD(saved, lr=0.1, momentum=0.9)
+        train(model, sgd, tokens(model))
+        with pytest.raises(ValueError, match=r"no exp_avg, exp_avg_sq, step, .* another optimizer"):
+            optimizer.load_state_dict(sgd.state_dict())
+        assert not optimizer.state
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_factor_that_layers_share_is_stepped_in_all_of_their_sketches(shared_data, both):
+    model = fused(llama, shared_data)
+    names = [name for name in fslora_kernels.modules(model) if name.endswith("q_proj")][:2]
+    first, second = (model.get_submodule(name) for name in names)
+    second.lora_A["default"].weight = shared = first.lora_A["default"].weight
+    optimizer = SketchedAdamW(model, **RULE)
+    sets = {names[0]: torch.tensor([0, 5])} | ({names[1]: torch.tensor([2, 5])} if both else {})
+    before = shared.detach().clone()
+    fslora_kernels.sketch(model, sets)
+    train(model, optimizer, tokens(model))
+    moved = (shared != before).any(dim=1).nonzero().flatten().tolist()
+    assert moved == ([0, 2, 5] if both else list(range(RANKS)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_steps_are_counted_in_float32_whatever_torchs_default_is(shared_data, dtype):
+    """In bfloat16 a count would stop at 256."""
+    model = fused(bert, shared_data, dtype=torch.float32, modules_to_save=["classifier"])
+    optimizer = SketchedAdamW(model, **RULE)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(before)
+    assert {state["step"].dtype for state in optimizer.state.values()} == {torch.float32}
+
+
 def test_a_closure_is_called_with_gradients_and_its_loss_returned(shared_data):
     model = fused(llama, shared_data)
     optimizer = SketchedAdamW(model, **RULE)
