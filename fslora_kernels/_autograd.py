@@ -19,7 +19,8 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Make a backward pass refuse to be differentiated, instead of giving no second gradient.
 
     Torch's ``once_differentiable`` says nothing where the incoming gradient needs none. Outside of
-    ``create_graph=True`` a backward pass runs without recording, so nothing else is needed.
+    ``create_graph=True`` a backward pass runs without recording, so nothing else is needed. An
+    autocast that is on around the backward pass is turned off in it: dtypes are the forward's.
 
     Raises:
         NotImplementedError: in the backward pass, under ``create_graph=True``.
@@ -32,6 +33,9 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "fused layers have first-order gradients only (this backward pass was asked for "
                 "create_graph=True); call fslora_kernels.unfuse(model) for second-order ones"
             )
+        if autocasts(gradients[0]):
+            with torch.autocast(gradients[0].device.type, enabled=False):
+                return backward(ctx, *gradients)
         return backward(ctx, *gradients)
 
     return checked

@@ -80,7 +80,11 @@ def _sum(
     if base is not None and base[0].device.type == "cpu" and base[0].dtype in BASE_FIRST:
         first, second = base, delta
     y_TE = first[0].mm(first[1]) if bias is None else torch.addmm(bias, *first)
-    return y_TE if second is None else y_TE.addmm_(*second)
+    if second is None:
+        return y_TE
+    if torch._C._are_functorch_transforms_active():  # torch.vmap has no rule for addmm_
+        return y_TE.addmm(*second)
+    return y_TE.addmm_(*second)
 
 
 def _outputs(arguments: Arguments, h_TS: Tensor, b_SE: Tensor) -> Tensor:

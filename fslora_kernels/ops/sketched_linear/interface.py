@@ -35,6 +35,10 @@ def sketched_linear(
     are the exception: their delta is computed in float32, as in PEFT, because small gradients are
     zero in float16.
 
+    ``torch.func``'s transforms and ``torch.jit.trace`` see torch's own products, whatever a layer's
+    size, and can differentiate them twice. Forward-mode differentiation outside of
+    ``torch.func.jvp`` cannot be done by fused layers: ``fslora_kernels.unfuse(model)`` first.
+
     Args:
         x: ``[..., in_features]``, any strides.
         weight: ``[out_features, in_features]``, any strides; None gives the delta alone.
@@ -100,13 +104,13 @@ def unchecked(
     The arguments are those of ``op.Arguments``: B is rank-major ``[rank, out_features]``.
     """
     x = in_compute_dtype(x)
-    compiling = torch.compiler.is_compiling()
+    traced = is_traced(x)
     if not dropout:
         seed = 0
-    elif seed is None and not compiling:
-        seed = int(torch.randint(2**63 - 1, ()).item())
+    elif seed is None and not traced:
+        seed = int(torch.randint(2**63 - 1, (), device="cpu").item())
     x_TD = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    run = traceable if compiling else compute
+    run = traceable if traced else compute
     if widens(x, lora_a, lora_b):
         delta = Arguments(x_TD.float(), None, lora_a, lora_b, index, None, gain, dropout, seed)
         y_TE = plus_base(run(delta, implementation), x_TD, weight, bias)
@@ -114,6 +118,16 @@ def unchecked(
         arguments = Arguments(x_TD, weight, lora_a, lora_b, index, bias, gain, dropout, seed)
         y_TE = run(arguments, implementation)
     return y_TE if x.ndim == 2 else y_TE.view(*x.shape[:-1], y_TE.shape[1])
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether somebody records or transforms what torch computes, or nothing is computed at all."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or x.is_meta
+    )
 
 
 def widens(x: Tensor, *factors: Tensor) -> bool:
@@ -134,8 +148,10 @@ def plus_base(delta: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | No
     if bias is not None:
         bias = bias.to(x.dtype)
     if weight is not None:
-        return functional.linear(x, weight.to(x.dtype), bias).add_(delta)
-    return (delta if bias is None else delta + bias).to(x.dtype)
+        delta = functional.linear(x, weight.to(x.dtype), bias) + delta
+    elif bias is not None:
+        delta = delta + bias
+    return delta.to(x.dtype)
 
 
 def in_compute_dtype(x: Tensor) -> Tensor:
@@ -177,7 +193,7 @@ def check(
         raise ValueError(f"bias must be [{out_features}], got {tuple(bias.shape)}")
     if index is not None:
         check_index_kind(index)
-        if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        if index.device.type == "cpu" and not is_traced(x):
             check_index(index, rank)
     size = rank if index is None else index.shape[0]
     if rank_weight is not None and rank_weight.shape != (size,):

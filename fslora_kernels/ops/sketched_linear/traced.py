@@ -1,4 +1,4 @@
-"""The operation inside a graph of ``torch.compile``.
+"""The operation inside a graph of ``torch.compile``, or a transform of ``torch.func``.
 
 Torch's products are traced as they are: the compiler differentiates them and fuses what lies around
 them. Triton kernels, where they are asked for, stay one opaque operator forward and one backward,
@@ -24,7 +24,9 @@ def traceable(arguments: op.Arguments, requested: str | None) -> Tensor:
         return backend_torch.differentiable(arguments)
     constant = not isinstance(arguments.gain, Tensor)
     seed = arguments.seed
-    seed_tensor = torch.randint(2**62, ()) if seed is None else torch.tensor(seed)
+    seed_tensor = (
+        torch.randint(2**62, (), device="cpu") if seed is None else torch.tensor(seed, device="cpu")
+    )
     y_TE: Tensor = _forward(
         arguments.x,
         arguments.weight,
