@@ -39,3 +39,8 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return backward(ctx, *gradients)
 
     return checked
+
+
+def without_values(dy_TE: Tensor, features: int) -> Tensor:
+    """Return what stands for an input x ``[T, D]`` whose values no gradient needs."""
+    return dy_TE.new_empty(()).expand(len(dy_TE), features)

@@ -100,6 +100,21 @@ class SketchedLinearContract:
         for name in first:
             assert torch.equal(first[name], second[name]), name
 
+    @pytest.mark.parametrize("dropout", [0.0, 0.25])
+    @pytest.mark.parametrize("wanted", [("x",), ("x", "lora_a"), ("lora_b",)], ids="+".join)
+    def test_gradients_do_not_depend_on_what_else_is_wanted(self, wanted, dropout):
+        case = next(case for case in CASES if case.name == "half")
+        arguments = inputs(case, torch.float32, device=self.device)
+        arguments |= {"dropout": dropout, "seed": 3}
+        dy = self.dy(case, torch.float32)
+        every = value_and_gradients(self.call, arguments, dy)
+        leaves = {name: arguments[name].detach().requires_grad_() for name in wanted}
+        y = self.call(**(arguments | leaves))
+        for name, found in zip(
+            wanted, torch.autograd.grad(y, list(leaves.values()), dy), strict=True
+        ):
+            assert torch.equal(found, every[name]), name
+
     def test_factors_of_another_dtype_keep_theirs_in_the_gradients(self):
         case = next(case for case in CASES if case.name == "half")
         exact_arguments = inputs(case, torch.float64, device=self.device)

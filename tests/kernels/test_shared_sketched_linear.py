@@ -172,6 +172,17 @@ def test_x_is_saved_once_and_nothing_of_full_rank():
         shared_sketched_linear(x, projections)
     assert [tuple(t.shape) for t in saved if t.data_ptr() not in own] == [(4 + 8 + 1, 40)]
     assert sum(t.data_ptr() == x.data_ptr() for t in saved) == 1
+    for p in projections:
+        p.lora_a.requires_grad_(False)
+        if p.weight is not None:
+            p.weight.requires_grad_(False)
+    saved.clear()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (saved.append(tensor), tensor)[1], lambda tensor: tensor
+    ):
+        outputs = shared_sketched_linear(x, projections)
+    assert x.data_ptr() not in {tensor.data_ptr() for tensor in saved}
+    assert torch.autograd.grad(outputs[0].sum(), x)[0].shape == x.shape
 
 
 def test_cost_is_what_the_flop_counter_counts():

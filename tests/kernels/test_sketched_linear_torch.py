@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from fslora_kernels import sketched_linear
 from fslora_kernels.ops.sketched_linear import backend_torch, cost
@@ -137,19 +138,54 @@ def test_autocast_computes_in_its_dtype(dtype):
             assert value.dtype == torch.float32
 
 
-def test_saves_no_copy_of_x_and_nothing_full_rank():
-    case = Case("saved", 64, 32, 48, 16, 4)
-    arguments = inputs(case, torch.float32)
-    for name in ("x", "lora_a", "lora_b"):
+def saved_shapes(leaves, **changes):
+    """Shapes of what is saved beside the arguments, with those of x if it is saved."""
+    arguments = inputs(Case("saved", 64, 32, 48, 16, 4), torch.float32)
+    for name in leaves:
         arguments[name].requires_grad_()
-    inputs_by_pointer = {v.data_ptr() for v in arguments.values() if torch.is_tensor(v)}
+    known = {v.data_ptr() for n, v in arguments.items() if torch.is_tensor(v) and n != "x"}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: (saved.append(tensor), tensor)[1], lambda tensor: tensor
     ):
-        sketched_linear(**arguments, dropout=0.1, seed=0)
-    own = [tensor for tensor in saved if tensor.data_ptr() not in inputs_by_pointer]
-    assert [tuple(tensor.shape) for tensor in own] == [(64, 4)]
+        sketched_linear(**arguments, **changes)
+    assert all(t.data_ptr() == arguments["x"].data_ptr() for t in saved if t.shape == (64, 32))
+    return {tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in known}
+
+
+def test_saves_no_copy_of_x_and_nothing_full_rank(monkeypatch):
+    monkeypatch.setattr(backend_torch, "SMALL_LAYER", 0)
+    dropping = {"dropout": 0.1, "seed": 0}
+    assert saved_shapes(("x", "lora_a", "lora_b"), **dropping) == {(64, 32), (64, 4), ()}
+
+
+@pytest.mark.parametrize(
+    ("leaves", "shapes"),
+    [
+        (("x",), set()),
+        (("x", "lora_b"), {(64, 4)}),
+        (("x", "lora_a"), {(64, 32)}),
+        (("weight",), {(64, 32)}),
+    ],
+    ids=["frozen adapter", "frozen A", "frozen B", "base alone"],
+)
+def test_saves_only_what_the_wanted_gradients_need(leaves, shapes):
+    """As torch's own differentiation does, but for A and B that it selects or casts."""
+    found = saved_shapes(leaves)
+    assert found - {(4, 32), (4, 48), (48, 4), (32, 4)} == shapes
+
+
+def test_a_checkpoint_that_draws_another_mask_uses_it_for_every_gradient():
+    """The delta is bilinear in A and B, so one mask gives ⟨A, dA⟩ = ⟨B, dB⟩, and two do not."""
+    arguments = inputs(Case("replayed", 64, 32, 48, 8, None), torch.float64)
+    factors = [arguments[name].requires_grad_() for name in ("lora_a", "lora_b")]
+    y = checkpoint(
+        lambda: sketched_linear(**arguments, dropout=0.5),
+        use_reentrant=False,
+        preserve_rng_state=False,
+    )
+    da, db = torch.autograd.grad(y.square().sum(), factors)
+    torch.testing.assert_close((factors[0] * da).sum(), (factors[1] * db).sum())
 
 
 def test_cost_is_what_the_flop_counter_counts():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fslora_kernels import _dispatch
-from fslora_kernels._autograd import first_order
+from fslora_kernels._autograd import first_order, without_values
 from fslora_kernels.ops.sketched_linear.op import Cost, padded_ranks
 from fslora_kernels.ops.sketched_linear.op import cost as cost_of_one
 
@@ -101,7 +101,9 @@ class GroupedSketchedLinear(torch.autograd.Function):
             x, weight, lora_a, lora_b, index, bias, gain, token_offsets, rank_offsets
         )
         y_TE, h = backend(implementation).forward(arguments)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, index, gain, h)
+        _, needs_weight, needs_a, *_ = ctx.needs_input_grad
+        x_saved = x if needs_a or needs_weight else None
+        ctx.save_for_backward(x_saved, weight, lora_a, lora_b, index, gain, h)
         ctx.offsets, ctx.implementation = (token_offsets, rank_offsets), implementation
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y_TE
@@ -110,6 +112,8 @@ class GroupedSketchedLinear(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dy_TE: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, D102
         x, weight, lora_a, lora_b, index, gain, h = ctx.saved_tensors
+        if x is None:
+            x = without_values(dy_TE, lora_a.shape[1])
         arguments = Arguments(x, weight, lora_a, lora_b, index, None, gain, *ctx.offsets)
         needs_x, needs_weight, needs_a, needs_b, _, needs_bias, *_ = ctx.needs_input_grad
         dx, da, db = backend(ctx.implementation).backward(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fslora_kernels._autograd import first_order
+from fslora_kernels._autograd import first_order, without_values
 from fslora_kernels.ops.sketched_linear.backend_torch import widen
 from fslora_kernels.ops.sketched_linear.op import Cost
 from fslora_kernels.ops.sketched_linear.op import cost as cost_of_one
@@ -79,7 +79,8 @@ class SharedSketchedLinear(torch.autograd.Function):
             if weight is not None:
                 y_TE.addmm_(x, weight.to(x.dtype).t())
             outputs.append(y_TE)
-        ctx.save_for_backward(x, h_ST, *flat)
+        needs = ctx.needs_input_grad[2:]
+        ctx.save_for_backward(x if any(needs[0::5] + needs[1::5]) else None, h_ST, *flat)
         ctx.scales = scales
         return tuple(outputs)
 
@@ -89,6 +90,8 @@ class SharedSketchedLinear(torch.autograd.Function):
         x, h_ST, *flat = ctx.saved_tensors
         needs_x, _, *needs = ctx.needs_input_grad
         projections = _grouped(flat)
+        if x is None:
+            x = without_values(dys[0], projections[0][1].shape[1])
         factors = _select(projections, x.dtype)
         dh_ST = torch.empty_like(h_ST)
         for factor, dy_TE in zip(factors, dys, strict=True):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fslora_kernels import _dispatch
-from fslora_kernels._autograd import first_order
+from fslora_kernels._autograd import first_order, without_values
 from fslora_kernels.ops.sketched_linear import backend_torch
 
 
@@ -59,7 +59,10 @@ class Backend(Protocol):
         """Why it cannot run this call, or None."""
 
     def forward(self, arguments: Arguments) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return y ``[T, E]``, and what the backward pass wants to keep beside the arguments."""
+        """Return y ``[T, E]``, and what the backward pass wants to keep beside the arguments.
+
+        First among it is h, which only the gradient of B needs.
+        """
 
     def backward(
         self,
@@ -68,7 +71,10 @@ class Backend(Protocol):
         dy_TE: Tensor,
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of x, A and B, in the shapes of the arguments."""
+        """Return the gradients of x, A and B, in the shapes of the arguments.
+
+        Where A's is not needed, x has no values; where B's is not, h has none.
+        """
 
 
 # Ranks that the kernels compute with: the next of these, or themselves above the last.
@@ -137,19 +143,39 @@ class SketchedLinear(torch.autograd.Function):
     ) -> Tensor:
         arguments = Arguments(x, weight, lora_a, lora_b, index, bias, gain, dropout, seed)
         y_TE, kept = backend(implementation).forward(arguments)
+        _, needs_weight, needs_a, needs_b, *_ = ctx.needs_input_grad
         gain_tensor = gain if isinstance(gain, Tensor) else None
-        ctx.save_for_backward(x, weight, lora_a, lora_b, index, gain_tensor, *kept)
+        # A checkpoint computes what is saved again, perhaps from another seed: it goes with h.
+        seed_tensor = (
+            torch.tensor(seed % 2**64, dtype=torch.uint64, device="cpu") if dropout else None
+        )
+        x_saved = x if needs_a or needs_weight else None
+        h, *others = kept
+        ctx.save_for_backward(
+            x_saved,
+            weight,
+            lora_a,
+            lora_b,
+            index,
+            gain_tensor,
+            seed_tensor,
+            h if needs_b else None,
+            *others,
+        )
         ctx.gain = None if gain_tensor is not None else gain
-        ctx.dropout, ctx.seed, ctx.implementation = dropout, seed, implementation
+        ctx.dropout, ctx.implementation = dropout, implementation
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y_TE
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy_TE: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, D102
-        x, weight, lora_a, lora_b, index, gain_tensor, *kept = ctx.saved_tensors
+        x, weight, lora_a, lora_b, index, gain_tensor, seed_tensor, *kept = ctx.saved_tensors
         gain = ctx.gain if gain_tensor is None else gain_tensor
-        arguments = Arguments(x, weight, lora_a, lora_b, index, None, gain, ctx.dropout, ctx.seed)
+        seed = 0 if seed_tensor is None else int(seed_tensor)
+        if x is None:
+            x = without_values(dy_TE, lora_a.shape[1])
+        arguments = Arguments(x, weight, lora_a, lora_b, index, None, gain, ctx.dropout, seed)
         needs_x, needs_weight, needs_a, needs_b, _, needs_bias, *_ = ctx.needs_input_grad
         dx, da, db = backend(ctx.implementation).backward(
             arguments, tuple(kept), dy_TE, (needs_x, needs_a, needs_b)
