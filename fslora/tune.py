@@ -24,6 +24,7 @@ def tune(device: str, out: Path | None, console: Console) -> Path:
 
     Raises:
         NotImplementedError: Triton kernels cannot run there, so there is nothing to tune.
+        ValueError: the table has no place, or cannot be written there.
     """
     where = torch.device(device)
     reason = unavailable("triton", where.type)
@@ -39,6 +40,7 @@ def tune(device: str, out: Path | None, console: Console) -> Path:
     from fslora_kernels._launch import target_of
 
     name = torch.cuda.get_device_name(where)
+    path = out or tuning.own_folder() / tuning.file_name(name)
     rows = []
     for row in tuning.tune(where, measure=do_bench):
         rows.append(row)
@@ -46,7 +48,6 @@ def tune(device: str, out: Path | None, console: Console) -> Path:
             f"{row.kernel:<6} {row.ranks:>4} ranks   {1 / row.over_default:5.2f} × as fast as the "
             f"default   best of {row.tried}: {row.tiles}"
         )
-    path = out or tuning.own_folder() / tuning.file_name(name)
     tuning.save(path, name, target_of(where)[0], rows)
     console.print(f"kept in {path}")
     return path

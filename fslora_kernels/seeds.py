@@ -17,7 +17,11 @@ _SECOND = np.uint64(0x94D049BB133111EB)
 
 
 def fold_in(key: int, *path: int | str) -> int:
-    """Derive a key: the first 8 bytes, little-endian, of BLAKE2b over the decimal key and path.
+    """Derive a key from another one and what it is for.
+
+    It is BLAKE2b with a digest of 8 bytes (its own function, not the first 8 of a longer digest),
+    without key, salt or personalisation, of the UTF-8 bytes of the decimal key and the path; read
+    as a little-endian number and shifted right by one bit.
 
     Args:
         key: a seed or another key.

@@ -11,6 +11,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
@@ -79,14 +80,28 @@ def file_name(device_name: str) -> str:
 
 
 def own_folder() -> Path:
-    """Return the folder of the user's own tables."""
-    return Path.home() / ".cache/fslora/tuned"
+    """Return the folder of the user's own tables.
+
+    Raises:
+        ValueError: there is no home folder.
+    """
+    try:
+        return Path.home() / ".cache/fslora/tuned"
+    except RuntimeError as error:
+        raise ValueError(f"{error}; set HOME, or say --out FILE to `fslora tune`") from error
 
 
 def table_path(device_name: str) -> Path | None:
-    """Return the table that a device uses: the user's own, the shipped one, or None."""
-    found = (folder / file_name(device_name) for folder in (own_folder(), SHIPPED))
-    return next((path for path in found if path.is_file()), None)
+    """Return the table that a device uses: the user's own, the shipped one, or None.
+
+    A home folder that is missing or closed to us is one without a table.
+    """
+    shipped = SHIPPED / file_name(device_name)
+    with suppress(OSError, ValueError):
+        own = own_folder() / file_name(device_name)
+        if own.is_file():
+            return own
+    return shipped if shipped.is_file() else None
 
 
 @cache
@@ -142,8 +157,9 @@ def tune(
 ) -> Iterator[Measured]:
     """Try the candidates of every kernel and number of ranks, and yield the best of each.
 
-    A candidate that does not compile, does not fit, or computes something else is left out, with
-    factors of x's dtype or with float32 ones, which PEFT has by default and which need more space.
+    A candidate that does not compile, does not fit, or computes something else is left out, be it
+    with factors of x's dtype, or with a layer's own in view mode: float32, as PEFT has them by
+    default, B column-major, gathered, and with dropout.
 
     Args:
         device: where to measure.
@@ -162,12 +178,11 @@ def tune(
         for ranks in PADDED_RANKS:
             default = TILES[kernel, target, arithmetic][ranks]
             problems = [_problem(kernel, ranks, shape, device, dtype) for shape in shapes]
-            wide = _problem(kernel, ranks, shapes[0], device, dtype, torch.float32)
-            checked = [*problems, wide]
+            checked = [*problems, _view_problem(kernel, ranks, shapes[0], device, dtype)]
             wanted = [problem(default) for problem in checked]
             times = {default: [measure(_bind(problem, default)) for problem in problems]}
             for tiles in CANDIDATES[kernel]:
-                if tiles != default and _computes(checked, tiles, wanted):
+                if tiles != default and _computes(checked, tiles, wanted, dtype):
                     times[tiles] = [measure(_bind(problem, tiles)) for problem in problems]
             shares = {
                 tiles: statistics.geometric_mean(
@@ -185,30 +200,31 @@ def _bind(problem: Callable[[Tiles], Tensor], tiles: Tiles) -> Callable[[], Tens
     return lambda: problem(tiles)
 
 
+def _draw(
+    device: torch.device, dtype: torch.dtype, *sizes: int, std: float = 1.0, key: int = 0
+) -> Tensor:
+    generator = torch.Generator(device).manual_seed(key)
+    values = torch.randn(*sizes, generator=generator, device=device, dtype=torch.float32)
+    return (values * std).to(dtype)
+
+
 def _problem(
     kernel: str,
     ranks: int,
     shape: tuple[int, int, int],
     device: torch.device,
     dtype: torch.dtype,
-    factors: torch.dtype | None = None,
 ) -> Callable[[Tiles], Tensor]:
-    """Return a call of one kernel on random data, for given tiles; factors are of x's dtype."""
+    """Return a call of one kernel on random data of one dtype, for given tiles."""
     from fslora_kernels._launch import MAX_RANKS
     from fslora_kernels.ops.sketched_linear import backend_triton
     from fslora_kernels.ops.sketched_linear.op import Arguments
 
     tokens, features_in, features_out = shape
     ranks = min(ranks, MAX_RANKS)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(*sizes: int, std: float = 1.0) -> Tensor:
-        values = torch.randn(*sizes, generator=generator, device=device, dtype=torch.float32)
-        return (values * std).to(dtype)
-
-    x = draw(tokens, features_in)
-    lora_a = draw(ranks, features_in, std=features_in**-0.5).to(factors or dtype)
-    lora_b = draw(ranks, features_out, std=ranks**-0.5).to(factors or dtype)
+    x = _draw(device, dtype, tokens, features_in)
+    lora_a = _draw(device, dtype, ranks, features_in, std=features_in**-0.5, key=1)
+    lora_b = _draw(device, dtype, ranks, features_out, std=ranks**-0.5, key=2)
     arguments = Arguments(x, None, lora_a, lora_b, None, None, 1.0, 0.0, 0)
     if kernel == "apply":
         return lambda tiles: _output(
@@ -216,6 +232,46 @@ def _problem(
         )
     h_TP, _ = backend_triton.apply(arguments, x, lora_a, None)
     return lambda tiles: backend_triton.wgrad(arguments, h_TP, x, lora_a, tiles=tiles)
+
+
+def _view_problem(
+    kernel: str,
+    ranks: int,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Callable[[Tiles], Tensor]:
+    """Return both calls that a layer in view mode makes of one kernel, forward and backward.
+
+    Its factors are float32 and twice as many ranks as are selected, with B as PEFT stores it.
+    """
+    from fslora_kernels._launch import MAX_RANKS
+    from fslora_kernels.ops.sketched_linear import backend_triton
+    from fslora_kernels.ops.sketched_linear.configurations import MAX_PADDED_WITH_DROPOUT
+    from fslora_kernels.ops.sketched_linear.op import Arguments
+
+    tokens, features_in, features_out = shape
+    dropout = 0.5 if ranks <= MAX_PADDED_WITH_DROPOUT and dtype != torch.float32 else 0.0
+    ranks = min(ranks, MAX_RANKS)
+    x, dy = _draw(device, dtype, tokens, features_in), _draw(device, dtype, tokens, features_out)
+    wide = torch.float32
+    lora_a = _draw(device, wide, 2 * ranks, features_in, std=features_in**-0.5, key=1)
+    lora_b = _draw(device, wide, features_out, 2 * ranks, std=ranks**-0.5, key=2).t()
+    bias = _draw(device, dtype, features_out, key=3)
+    index = torch.arange(0, 2 * ranks, 2, device=device)
+    arguments = Arguments(x, None, lora_a, lora_b, index, None, 1.0, dropout, 0)
+    mask = backend_triton.draw_mask(arguments) if dropout else None
+    h_TP, _ = backend_triton.apply(arguments, x, lora_a, None, drop_x=mask)
+
+    def apply(tiles: Tiles) -> Tensor:
+        y = backend_triton.apply(arguments, x, lora_a, lora_b, bias, drop_x=mask, tiles=tiles)
+        dx = backend_triton.apply(arguments, dy, lora_b, lora_a, drop_y=mask, tiles=tiles)
+        return torch.cat([_output(y), _output(dx)], dim=1)
+
+    def wgrad(tiles: Tiles) -> Tensor:
+        return backend_triton.wgrad(arguments, h_TP, x, lora_a, mask, tiles=tiles)
+
+    return apply if kernel == "apply" else wgrad
 
 
 def _output(result: tuple[Tensor, Tensor | None]) -> Tensor:
@@ -226,22 +282,29 @@ def _output(result: tuple[Tensor, Tensor | None]) -> Tensor:
 
 
 def _computes(
-    problems: list[Callable[[Tiles], Tensor]], tiles: Tiles, wanted: list[Tensor]
+    problems: list[Callable[[Tiles], Tensor]],
+    tiles: Tiles,
+    wanted: list[Tensor],
+    dtype: torch.dtype,
 ) -> bool:
-    """Whether tiles compile, fit, and give the default's results up to rounding."""
+    """Whether tiles compile, fit, and give the default's results up to rounding in a dtype."""
     for problem, want in zip(problems, wanted, strict=True):
         try:
             found = problem(tiles)
         except Exception:  # whatever the compiler or the driver says: not this one
             return False
         error = (found.float() - want.float()).norm() / want.float().norm()
-        if not bool(error <= 4 * torch.finfo(found.dtype).eps):
+        if not bool(error <= 4 * torch.finfo(dtype).eps):
             return False
     return True
 
 
 def save(path: Path, device_name: str, target: str, rows: list[Measured]) -> None:
-    """Write a table in one piece."""
+    """Write a table in one piece.
+
+    Raises:
+        ValueError: it cannot be written there.
+    """
     versions = {name: metadata.version(name) for name in ("torch", "triton")}
     table = {
         "device": device_name,
@@ -250,8 +313,13 @@ def save(path: Path, device_name: str, target: str, rows: list[Measured]) -> Non
         "shapes": [list(shape) for shape in SHAPES],
         "tiles": [asdict(row) for row in rows],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise ValueError(
+            f"the table of tiles cannot be written: {error}; say where with --out FILE"
+        ) from error
     measured_tiles.cache_clear()

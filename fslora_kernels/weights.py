@@ -65,20 +65,25 @@ def check_whole(tensor: Tensor, name: str, remedy: str) -> None:
         raise ValueError(f"{name} is a {type(tensor).__name__}, not a plain tensor; {remedy}")
 
 
-def check_index_kind(index: Tensor) -> None:
+def check_index_kind(index: object) -> None:
     """Check what can be checked of an index set without waiting for a GPU.
 
     Args:
         index: int64 ``[S]``.
 
     Raises:
-        ValueError: it is of another dtype or has other dimensions.
+        ValueError: it is no tensor, of another dtype, or has other dimensions.
     """
-    if index.ndim != 1 or index.dtype != torch.int64:
-        raise ValueError(
-            f"an index set is a one-dimensional int64 tensor, got {index.dtype} of shape "
-            f"{tuple(index.shape)}; build it with torch.tensor([...], dtype=torch.int64)"
-        )
+    if not isinstance(index, Tensor):
+        got = f"a {type(index).__name__}"
+    elif index.ndim != 1 or index.dtype != torch.int64:
+        got = f"{index.dtype} of shape {tuple(index.shape)}"
+    else:
+        return
+    raise ValueError(
+        f"an index set is a one-dimensional int64 tensor, got {got}; build it with "
+        "torch.tensor([...], dtype=torch.int64)"
+    )
 
 
 def check_index(index: Tensor, rank: int) -> None:

@@ -217,6 +217,7 @@ def test_cost_is_what_the_flop_counter_counts():
         ({"index": torch.tensor([2, 0])}, "ascending"),
         ({"index": torch.tensor([], dtype=torch.int64)}, "empty"),
         ({"index": torch.tensor([0.0])}, "int64"),
+        ({"index": [0, 2]}, r"got a list; build it with torch.tensor"),
         ({"lora_b": torch.zeros(6, 3)}, "lora_a must be"),
         ({"x": torch.zeros(5, 8)}, "x must be"),
         ({"weight": torch.zeros(7, 6)}, "weight must be"),

@@ -1,6 +1,7 @@
 """Tables of measured tiles: what is kept is what launches use, and nothing wrong is kept."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ ROWS = [
     Measured("apply", "half", 16, Tiles(32, 128, warps=4, stages=4), 0.8, 6),
     Measured("wgrad", "half", 64, Tiles(64, 64, stages=4, features_first=True), 1.0, 6),
 ]
+
+
+OWN_FOLDER = tuning.own_folder
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +41,35 @@ def test_the_users_table_comes_before_the_shipped_one_and_both_before_none(folde
     tuning.save(folders / "own/nvidia-h200.json", "NVIDIA H200", "sm_90", ROWS[:1])
     assert tuning.measured_tiles("NVIDIA H200").keys() == {("apply", "half", 16)}
     assert tuning.measured_tiles("NVIDIA L4") == {}
+
+
+def test_a_home_that_is_missing_or_closed_is_one_without_a_table(folders, monkeypatch):
+    tuning.save(folders / "shipped/nvidia-h200.json", "NVIDIA H200", "sm_90", ROWS)
+    shipped = folders / "shipped/nvidia-h200.json"
+    is_file = Path.is_file
+
+    def closed(path):
+        if folders / "own" in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", closed)
+    assert tuning.table_path("NVIDIA H200") == shipped
+
+    def missing():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", missing)
+    monkeypatch.setattr(tuning, "own_folder", OWN_FOLDER)
+    assert tuning.table_path("NVIDIA H200") == shipped
+    with pytest.raises(ValueError, match="set HOME, or say --out FILE"):
+        tuning.own_folder()
+
+
+def test_a_table_that_cannot_be_written_is_told_with_the_remedy(folders):
+    (folders / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot be written: .*; say where with --out FILE"):
+        tuning.save(folders / "file/nvidia-h200.json", "NVIDIA H200", "sm_90", ROWS)
 
 
 def test_the_doctor_says_where_tiles_come_from(folders):
@@ -98,7 +131,7 @@ interpreted = [
 ]
 
 
-def tuned(times):
+def tuned(times, dtype=torch.float32):
     """Tune on a tiny shape, each measurement taking the next of the given times."""
     clock = iter(times * len(PADDED_RANKS) * 2)
 
@@ -107,7 +140,7 @@ def tuned(times):
         return next(clock)
 
     cpu = torch.device("cpu")
-    return list(tuning.tune(cpu, measure=measure, shapes=(SHAPE,), dtype=torch.float32))
+    return list(tuning.tune(cpu, measure=measure, shapes=(SHAPE,), dtype=dtype))
 
 
 @pytest.mark.usefixtures("folders")
@@ -144,3 +177,31 @@ class TestTune:
         for row in tuned([5.0]):
             assert row.tried == 1
             assert row.tiles == TILES[row.kernel, "interpreter", "ieee"][row.ranks]
+
+    @pytest.mark.parametrize("layout", ["B column-major", "factors", "forward mask", "dx mask"])
+    def test_a_candidate_that_fails_in_a_layers_layout_alone_is_left_out(self, monkeypatch, layout):
+        from fslora_kernels.ops.sketched_linear import backend_triton
+
+        right = backend_triton.apply
+        candidate = tuning.CANDIDATES["apply"][0]
+
+        def apply(arguments, x, u, v, bias=None, *, drop_x=None, drop_y=None, tiles=None):
+            fails = {
+                "B column-major": v is not None and v.stride(1) != 1,
+                "factors": u.dtype != x.dtype,
+                "forward mask": drop_x is not None,
+                "dx mask": drop_y is not None,
+            }
+            if tiles == candidate and fails[layout]:
+                raise RuntimeError("out of shared memory")
+            return right(arguments, x, u, v, bias, drop_x=drop_x, drop_y=drop_y, tiles=tiles)
+
+        monkeypatch.setattr(backend_triton, "apply", apply)
+        monkeypatch.setitem(tuning.CANDIDATES, "apply", (candidate,))
+        monkeypatch.setitem(tuning.CANDIDATES, "wgrad", ())
+        clock = [10.0, 5.0] * len(PADDED_RANKS) + [5.0] * len(PADDED_RANKS)
+        tried = {
+            row.ranks: row.tried for row in tuned(clock, torch.float16) if row.kernel == "apply"
+        }
+        no_mask_at_128 = 2 if "mask" in layout else 1
+        assert tried == {16: 1, 32: 1, 64: 1, 128: no_mask_at_128}

@@ -67,7 +67,7 @@ def _ranks(arguments: Arguments) -> int:
 # -- launchers -------------------------------------------------------------------------------------
 
 
-def _mask(arguments: Arguments) -> Tensor:
+def draw_mask(arguments: Arguments) -> Tensor:
     """Draw the dropout mask of x, eight features to a byte: uint8 ``[T, ⌈D/8⌉]``."""
     tokens, features = arguments.x.shape
     mask = torch.empty(tokens, -(-features // 8), dtype=torch.uint8, device=arguments.x.device)
@@ -273,7 +273,7 @@ def forward(arguments: Arguments) -> tuple[Tensor, tuple[Tensor, ...]]:
     mask, one bit a feature.
     """
     x_TD = arguments.x
-    mask = _mask(arguments) if arguments.dropout else None
+    mask = draw_mask(arguments) if arguments.dropout else None
     h_TP, y_TE = apply(
         arguments, x_TD, arguments.lora_a, arguments.lora_b, arguments.bias, drop_x=mask
     )
