@@ -8,7 +8,7 @@ import torch
 
 from fslora_kernels import tuning
 from fslora_kernels._dispatch import interpreting
-from fslora_kernels.ops.sketched_linear import configurations
+from fslora_kernels.ops.sketched_linear import backend_triton, configurations
 from fslora_kernels.ops.sketched_linear.configurations import TILES, Tiles
 from fslora_kernels.ops.sketched_linear.op import PADDED_RANKS
 from fslora_kernels.tuning import Measured
@@ -92,6 +92,27 @@ def test_shipped_tables_are_among_what_is_compiled_ahead_of_time(folders):
     }
 
 
+@pytest.mark.parametrize("kernel", ["apply", "wgrad"])
+def test_no_table_replaces_the_tiles_that_drop_features_of_x(folders, monkeypatch, kernel):
+    monkeypatch.setattr(backend_triton._launch, "target_of", lambda device: ("sm_90", 132))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    wide = Tiles(128, 128, warps=8, features_first=True)
+    rows = [Measured(kernel, "half", ranks, wide, 0.8, 6) for ranks in PADDED_RANKS]
+    tuning.save(folders / "shipped/nvidia-h200.json", "NVIDIA H200", "sm_90", rows)
+    compiled = list(configurations.variants("sm_90"))
+    device = torch.device("cuda")
+    for ranks in (16, 32, 64):
+        assert backend_triton.tiles_for(kernel, device, "half", ranks) == wide
+        chosen = backend_triton.tiles_for(kernel, device, "half", ranks, "x")
+        assert chosen == configurations.DROPPING[kernel, "sm_90", "half", "x"][ranks]
+        cut = {
+            (v.constants["T"], v.constants["F"], v.warps, v.stages)
+            for v in compiled
+            if (v.kernel, v.constants.get("P")) == (kernel, ranks) and v.constants["DROP_X"]
+        }
+        assert cut == {(chosen.tokens, chosen.features, chosen.warps, chosen.stages)}
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{}", '{"tiles": [{"kernel": "apply"}]}', b"\xff".decode("latin-1")],
@@ -160,8 +181,6 @@ class TestTune:
             assert row.over_default == 1.0
 
     def test_a_candidate_that_fails_or_computes_something_else_is_left_out(self, monkeypatch):
-        from fslora_kernels.ops.sketched_linear import backend_triton
-
         right = backend_triton.apply
         broken, wrong = tuning.CANDIDATES["apply"][:2]
 

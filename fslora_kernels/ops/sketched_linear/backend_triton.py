@@ -31,6 +31,7 @@ from fslora_kernels._tiles import (
     wgrad_kernel,
 )
 from fslora_kernels.ops.sketched_linear.configurations import (
+    DROPPING,
     MASK,
     MAX_PADDED_WITH_DROPOUT,
     REDUCE,
@@ -50,9 +51,18 @@ PROGRAMS_PER_PROCESSOR = 2
 # -- where it runs ---------------------------------------------------------------------------------
 
 
-def tiles_for(kernel: str, device: torch.device, arithmetic: str, padded: int) -> Tiles:
-    """Return the tiles that were measured on the device, or those that were chosen by compiling."""
-    default = TILES[kernel, _launch.target_of(device)[0], arithmetic][padded]
+def tiles_for(
+    kernel: str, device: torch.device, arithmetic: str, padded: int, drop: str = ""
+) -> Tiles:
+    """Return the tiles that were measured on the device, or those that were chosen by compiling.
+
+    Features are dropped from "x", or from "y", if any; some of that has tiles of its own.
+    """
+    target, _ = _launch.target_of(device)
+    fixed = DROPPING.get((kernel, target, arithmetic, drop), {}).get(padded)
+    if fixed is not None:
+        return fixed
+    default = TILES[kernel, target, arithmetic][padded]
     if device.type != "cuda":
         return default
     name = torch.cuda.get_device_name(device)
@@ -114,12 +124,13 @@ def apply(
         return h_TP, y_TG
     target, _ = _launch.target_of(x_TF.device)
     arithmetic = _launch.arithmetic_of(x_TF.dtype, target)
-    tiles = tiles or tiles_for("apply", x_TF.device, arithmetic, padded)
+    mask = drop_x if drop_y is None else drop_y
+    drop = "" if mask is None else "x" if drop_y is None else "y"
+    tiles = tiles or tiles_for("apply", x_TF.device, arithmetic, padded, drop)
     x_TF, x_row = _launch.rows(x_TF)
     u_row, u_column, u_rows = _launch.strides(u_RF)
     v_row, v_column, v_rows = (0, 0, False) if v_RG is None else _launch.strides(v_RG)
     gain, index = arguments.kept_gain, arguments.index
-    mask = drop_x if drop_y is None else drop_y
     # An int would be compiled in, one kernel per value.
     if isinstance(gain, Tensor):
         gain = gain.to(x_TF.device, torch.float32).contiguous()
@@ -186,7 +197,8 @@ def wgrad(
     ranks, padded = _ranks(arguments), p_TP.shape[1]
     target, processors = _launch.target_of(x_TF.device)
     arithmetic = _launch.arithmetic_of(x_TF.dtype, target)
-    tiles = tiles or tiles_for("wgrad", x_TF.device, arithmetic, padded)
+    drop = "" if drop_x is None else "x"
+    tiles = tiles or tiles_for("wgrad", x_TF.device, arithmetic, padded, drop)
     x_TF, x_row = _launch.rows(x_TF)
     # Enough programs for every processor, split the same way for the same shape on the same device.
     columns, blocks = -(-features // tiles.features), -(-tokens // tiles.tokens)

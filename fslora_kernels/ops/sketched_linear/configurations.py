@@ -8,7 +8,7 @@ bytes of shared memory of its smaller siblings (8.6, 8.9), which use them too.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,19 @@ TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
     ("apply", "gfx942", "ieee"): _by_ranks(*[Tiles(64, 64, stages=2)] * 4),
     ("wgrad", "gfx942", "half"): _by_ranks(*[Tiles(64, 64, stages=2)] * 4),
     ("wgrad", "gfx942", "ieee"): _by_ranks(*[Tiles(32, 64, stages=2)] * 4),
+}
+# Tiles with a mask, which no table replaces: (kernel, target, arithmetic, what features are dropped
+# from) → padded ranks → tiles. On sm_90 masked x would be the operand in registers of asynchronous
+# products (wgmma, from 64 rows on), and ptxas gives those registers to the loop's next turn while
+# they are read: wrong results by compilers before CUDA 13.3 (triton-lang/triton#11781). Fewer rows
+# take mma.sync, which is done when it returns. Masked y at 64 ranks spills in the default tiles.
+DROPPING: dict[tuple[str, str, str, str], dict[int, Tiles]] = {
+    ("apply", "sm_90", "half", "x"): dict.fromkeys((16, 32, 64), Tiles(32, 64, stages=4)),
+    ("apply", "sm_90", "half", "y"): {64: Tiles(64, 64)},
+    ("wgrad", "sm_90", "half", "x"): {
+        **dict.fromkeys((16, 32), Tiles(64, 128, warps=8)),
+        64: Tiles(64, 32, stages=4, features_first=True),
+    },
 }
 REDUCE = Tiles(16, 128)
 MASK = Tiles(1, 1024)
@@ -197,12 +210,15 @@ def variants(target: str) -> Iterator[Variant]:
         ):
             if amd and arithmetic == "tf32":
                 continue
-            for tiles in _selectable("apply", target, arithmetic, padded):
-                for factor in dict.fromkeys((x, "fp32")):
-                    yield from _apply_variants(tiles, x, factor, arithmetic, padded, large)
-            for tiles in _selectable("wgrad", target, arithmetic, padded):
-                for drop in (False, True) if _drops(arithmetic, padded) else (False,):
-                    yield _wgrad_variant(tiles, x, arithmetic, padded, large, drop=drop)
+            cuts = {
+                drop: list(_selectable("apply", target, arithmetic, padded, drop))
+                for drop in ("", "x", "y")
+            }
+            for factor in dict.fromkeys((x, "fp32")):
+                yield from _apply_variants(cuts, x, factor, arithmetic, padded, large)
+            for drop in ("", "x") if _drops(arithmetic, padded) else ("",):
+                for tiles in _selectable("wgrad", target, arithmetic, padded, drop):
+                    yield _wgrad_variant(tiles, x, arithmetic, padded, large, drop=bool(drop))
     pointers = {"mask": "*u8", "seed": "i64"}
     yield _variant(mask_kernel, "u8", pointers, "threshold count", mask_constants(), MASK)
     for out, has_index in itertools.product(("fp16", "bf16", "fp32"), (False, True)):
@@ -219,17 +235,28 @@ def _drops(arithmetic: str, padded: int) -> bool:
     return arithmetic == "half" and padded <= MAX_PADDED_WITH_DROPOUT
 
 
-def _selectable(kernel: str, target: str, arithmetic: str, padded: int) -> Iterator[Tiles]:
+def _selectable(
+    kernel: str, target: str, arithmetic: str, padded: int, drop: str = ""
+) -> Iterator[Tiles]:
     """Yield the default tiles and those that the shipped tables have for a target's devices."""
     from fslora_kernels.tuning import shipped
 
+    fixed = DROPPING.get((kernel, target, arithmetic, drop), {}).get(padded)
+    if fixed is not None:
+        yield fixed
+        return
     default = TILES[kernel, target, arithmetic][padded]
     key = (kernel, arithmetic, padded)
     yield from dict.fromkeys([default, *(table.get(key, default) for table in shipped(target))])
 
 
 def _apply_variants(
-    tiles: Tiles, x: str, factor: str, arithmetic: str, padded: int, large: frozenset[str]
+    cuts: Mapping[str, Sequence[Tiles]],
+    x: str,
+    factor: str,
+    arithmetic: str,
+    padded: int,
+    large: frozenset[str],
 ) -> Iterator[Variant]:
     label = f"{x} {arithmetic}" if x == factor else f"{x}/{factor} {arithmetic}"
     for (u_rows, v_rows, expand, has_bias, drop), has_index, gain in itertools.product(
@@ -246,20 +273,21 @@ def _apply_variants(
             pointers["bias"] = f"*{x}"
         if drop:
             pointers["mask"] = "*u8"
-        constants = apply_constants(
-            tiles,
-            padded,
-            arithmetic,
-            drop_x=drop == "x",
-            drop_y=drop == "y",
-            has_index=has_index,
-            has_bias=has_bias,
-            has_gain_tensor=gain == "*fp32",
-            u_rows=u_rows,
-            v_rows=v_rows,
-            expand=expand,
-        )
-        yield _variant(apply_kernel, label, pointers, _APPLY_COUNTS, constants, tiles, large)
+        for tiles in cuts[drop]:
+            constants = apply_constants(
+                tiles,
+                padded,
+                arithmetic,
+                drop_x=drop == "x",
+                drop_y=drop == "y",
+                has_index=has_index,
+                has_bias=has_bias,
+                has_gain_tensor=gain == "*fp32",
+                u_rows=u_rows,
+                v_rows=v_rows,
+                expand=expand,
+            )
+            yield _variant(apply_kernel, label, pointers, _APPLY_COUNTS, constants, tiles, large)
 
 
 def _wgrad_variant(
