@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.checks import Referee
-from benchmarks.counting import Operations, launches
+from benchmarks.counting import Operations
+from benchmarks.graphs import InGraphs, take_turns_in_graphs
 from benchmarks.peers import Builder
 from benchmarks.problem import Problem, Row, make_problem
 from benchmarks.roofline import Ceilings, least_time
@@ -36,7 +37,7 @@ _PADDING = 16  # of ranks, in the Triton kernels
 # Rows that are also timed inside a CUDA graph.
 _IN_GRAPHS = frozenset(
     {"ours", "base", "ours, torch", "ours, triton", FULL_PEFT, "PEFT at S", "delta first"}
-)
+) | {"ours, float32", "PEFT at S, float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,15 @@ class Counted:
     Attributes:
         flops: executed, padding and masked ranks included.
         bytes_moved: read and written by each operation.
-        launches: kernels on a GPU, operations on a CPU.
+        launches: operations on a CPU; None on a GPU, where counting kernels takes a profiler, which
+            may slow whatever is timed after it.
         saved_bytes: kept for the backward pass, x included, weight and factors not.
         peak_bytes: most bytes alive at once of all that the step made.
     """
 
     flops: int
     bytes_moved: int
-    launches: int
+    launches: int | None
     saved_bytes: int
     peak_bytes: int
 
@@ -73,7 +75,9 @@ class Timed:
         adapter_s: seconds beyond the bare base layer's in the same round.
         roofline: the least possible time of the cell over this row's.
         counted: None where counting cannot look inside.
-        graph_s: inside a CUDA graph, for some rows on a GPU: what Python and launching do not cost.
+        graph_s: median inside a CUDA graph, without the cost of Python and launching; some rows, on
+            a GPU.
+        graph_over_base: ratio to the bare base layer inside graphs, as ``over_base``.
         graph_error: why there is no such figure where there should be one.
     """
 
@@ -88,6 +92,7 @@ class Timed:
     roofline: float | None = None
     counted: Counted | None = None
     graph_s: float | None = None
+    graph_over_base: Interval | None = None
     graph_error: str | None = None
 
 
@@ -99,6 +104,7 @@ class Result:
         cell: what was measured.
         rows: ours first.
         spread: A/A of ours; None if ours is red.
+        graph_spread: A/A of ours inside a CUDA graph; None where there is none.
         adapter_share: ours' adapter time at S over that at R, where S < R.
         useful_flops: what the cell needs.
         least_s: its least possible time.
@@ -112,6 +118,7 @@ class Result:
     useful_flops: int
     least_s: float
     ceilings: Ceilings
+    graph_spread: Interval | None = None
 
     @property
     def best_peer(self) -> Timed | None:
@@ -165,20 +172,24 @@ def compare(
     """
     problem = make_problem(cell)
     referee = Referee(problem)
-    rows = [build(problem) for build in builders]
+    rows = [_built(build, problem) for build in builders]
     if any(row.compiled for row in rows):
         # Else torch's limit of recompilations sends the layers of later cells back to eager.
         torch.compiler.reset()
     errors = {row.name: referee.error(row) for row in rows}
     ours, peers = rows[0], {row.name: row for row in rows[1:] if errors[row.name] is None}
-    turns = None
+    turns, graphs = None, InGraphs()
     counted: dict[str, Counted | None] = {}
     if errors[ours.name] is None and "base" in peers:
-        counted = {row.name: _count(row, problem) for row in (ours, *peers.values())}
         steps = {name: partial(row.step, problem.dy) for name, row in peers.items()}
-        turns = take_turns(
-            partial(ours.step, problem.dy), steps, measure, seconds=seconds, rounds=rounds
-        )
+        own = partial(ours.step, problem.dy)
+        turns = take_turns(own, steps, measure, seconds=seconds, rounds=rounds)
+        if cell.device == "cuda":
+            steps = {ours.name: own} | {n: step for n, step in steps.items() if n in _IN_GRAPHS}
+            graphs = take_turns_in_graphs(
+                ours.name, steps, measure, seconds=seconds / 2, rounds=rounds
+            )
+        counted = {row.name: _count(row, problem) for row in (ours, *peers.values())}
     least = partial(
         least_time,
         cell.tokens,
@@ -196,9 +207,7 @@ def compare(
             continue
         floor_s = least(0 if row.computes == "base" else cell.sketch_size)
         found = _timed(row, ours.name, turns, floor_s, counted[row.name])
-        if cell.device == "cuda" and row.name in _IN_GRAPHS:
-            found = replace(found, **graph_seconds(partial(row.step, problem.dy)))
-        timed.append(found)
+        timed.append(_in_graph(found, ours.name, graphs))
     return Result(
         cell=cell,
         rows=timed,
@@ -207,21 +216,37 @@ def compare(
         useful_flops=sum(one.base_flops + one.lora_flops for one in _both(cell)),
         least_s=least(cell.sketch_size),
         ceilings=ceilings,
+        graph_spread=None if graphs.turns is None else graphs.turns.spread,
     )
 
 
-def graph_seconds(step: Callable[[], object]) -> dict[str, Any]:
-    """Time a step inside a CUDA graph, its caches warm; or say why it cannot be captured.
-
-    Returns:
-        "graph_s" or "graph_error", as in ``Timed``.
-    """
-    from triton.testing import do_bench_cudagraph
-
+def _built(build: Builder, problem: Problem) -> Row:
+    """Build a row; one that cannot be built is red, and the others go on."""
     try:
-        return {"graph_s": 1e-3 * float(do_bench_cudagraph(step, rep=10, return_mode="median"))}
-    except RuntimeError as error:
-        return {"graph_error": str(error)}
+        return build(problem)
+    except Exception as error:  # a peer that is missing or has another interface
+        function = getattr(build, "func", build)
+        options = ", ".join(f"{k}={v}" for k, v in getattr(build, "keywords", {}).items())
+        failed = error
+
+        def call() -> Tensor:
+            raise failed
+
+        return Row(f"{getattr(function, '__name__', function)} {options}".strip(), call, ())
+
+
+def _in_graph(row: Timed, ours: str, graphs: InGraphs) -> Timed:
+    """Add a row's figures from inside a CUDA graph, if it has any."""
+    turns, name = graphs.turns, row.name
+    row = replace(row, graph_error=graphs.errors.get(name))
+    if turns is None or (name != ours and name not in turns.peer_s):
+        return row
+    seconds = turns.ours_s if name == ours else turns.peer_s[name]
+    over = None
+    if "base" in turns.peer_s:
+        beside = turns.beside_s["base"] if name == ours else seconds
+        over = bootstrap([a / b for a, b in zip(beside, turns.peer_s["base"], strict=True)])
+    return replace(row, graph_s=statistics.median(seconds), graph_over_base=over)
 
 
 def _both(cell: Cell, pad_ranks_to: int = 1) -> list[Cost]:
@@ -250,7 +275,6 @@ def _count(row: Row, problem: Problem) -> Counted | None:
     for leaf in row.leaves:
         leaf.grad = None
     # Not in the same run: under hooks our layer leaves the base product to the base layer.
-    step = partial(row.step, problem.dy)
     inputs = [problem.weight, problem.dy, problem.index, problem.lora_a, problem.lora_b]
     known = addresses([*inputs, *factors])
     alive, operations = AliveBytes({*known, *addresses([x])}), Operations()
@@ -267,7 +291,7 @@ def _count(row: Row, problem: Problem) -> Counted | None:
     return Counted(
         flops=executed,
         bytes_moved=moved,
-        launches=operations.count if cell.device == "cpu" else launches(step),
+        launches=operations.count if cell.device == "cpu" else None,
         saved_bytes=sum(saved.values()),
         peak_bytes=alive.peak,
     )
@@ -317,6 +341,7 @@ def record(result: Result, row: Timed) -> dict[str, object]:
         "useful_flops": result.useful_flops,
         "ceilings": asdict(result.ceilings),
         "spread": result.spread and asdict(result.spread),
+        "graph_spread": result.graph_spread and asdict(result.graph_spread),
         "adapter_share": result.adapter_share and asdict(result.adapter_share),
         **{("row" if key == "name" else key): value for key, value in asdict(row).items()},
     }

@@ -1,21 +1,32 @@
-"""Two stages of ``benchmarks.gpu``: every operation over its cases, by every implementation, twice.
+"""Three stages of ``benchmarks.gpu``: every operation over its cases, by every implementation.
 
-"correctness" is ``sketched_linear`` without dropout; "operations" is the rest. Each case runs two
-times on poisoned memory: the bits must be the same, and the result within its budget.
+"correctness" is ``sketched_linear`` without dropout; "operations" is the rest; "tuned" repeats what
+a table of measured tiles has changed. Each case runs twice or more on poisoned memory: the bits
+must be the same, and the result within its budget. What breaks a process's context of the GPU is
+the last thing that is judged there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import groupby, product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import Row, Setting, spread
+from benchmarks.gpu import Row, Setting, lost_device, spread
+from benchmarks.gpu_cases import (
+    DRY_CASES,
+    LARGE_CASES,
+    SHARED_CASES,
+    Task,
+    long_tasks,
+    tuned_tasks,
+)
+from benchmarks.timing import device_name
 from fslora_kernels import (
     Projection,
     grouped_sketched_linear,
@@ -24,6 +35,7 @@ from fslora_kernels import (
     sketched_adamw,
     sketched_linear,
 )
+from fslora_kernels._dispatch import load
 from fslora_kernels.ops.grouped_sketched_linear import cases as grouped_cases
 from fslora_kernels.ops.grouped_sketched_linear.reference import reference as grouped_reference
 from fslora_kernels.ops.scatter_mean import cases as scatter_cases
@@ -31,7 +43,8 @@ from fslora_kernels.ops.scatter_mean.reference import reference as scatter_refer
 from fslora_kernels.ops.shared_sketched_linear.reference import reference as shared_reference
 from fslora_kernels.ops.sketched_adamw import cases as adamw_cases
 from fslora_kernels.ops.sketched_adamw.reference import reference as adamw_reference
-from fslora_kernels.ops.sketched_linear.cases import CASES, Case
+from fslora_kernels.ops.sketched_linear.cases import CASES
+from fslora_kernels.ops.sketched_linear.op import BACKENDS, Arguments
 from fslora_kernels.ops.sketched_linear.reference import reference
 from fslora_kernels.testing import (
     check_error_budget,
@@ -43,74 +56,18 @@ from fslora_kernels.testing import (
 Results = dict[str, Tensor]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LARGE_CASES = (
-    Case("8B_q_view", 4096, 4096, 4096, 64, 8),
-    Case("8B_down_compact", 2048, 14336, 4096, 16, None, rank_major_b=True),
-    Case("many_tokens", 70_001, 256, 512, 32, 32),
-)
-
-
-class SharedCase(NamedTuple):
-    """Projections of one input."""
-
-    name: str
-    projections: tuple[Case, ...]
-
-
-SHARED_CASES = (
-    SharedCase(
-        "qkv",
-        (
-            Case("q", 40, 48, 64, 16, 4, bias=True),
-            Case("k", 40, 48, 32, 8, None, rank_major_b=True),
-            Case("v", 40, 48, 29, 16, 1, base=False),
-        ),
-    ),
-    SharedCase("gate_up", (Case("gate", 33, 64, 96, 8, 8), Case("up", 33, 64, 96, 8, 8))),
-)
-DRY_CASES = {
-    "sketched_linear": ("half", "odd_everything", "compact_leaf", "tensor_scale", "dropout"),
-    "scatter_mean": ("odd_features", "strided"),
-    "sketched_adamw": ("half_as_columns", "odd_everything"),
-    "grouped_sketched_linear": ("one_group_bias_by_index", "middle_without_tokens"),
-    "shared_sketched_linear": ("qkv",),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One case of one operation.
-
-    Attributes:
-        operation: its name.
-        case: one of those that the operation declares.
-        dtype: of everything.
-        implementation: that is asked for.
-        device: torch's device type.
-    """
-
-    operation: str
-    case: Any
-    dtype: torch.dtype
-    implementation: str
-    device: str
-
-    @property
-    def refused_by_design(self) -> bool:
-        """Whether a kernel may refuse it; on a GPU a refusal of what models have is a defect."""
-        features = (getattr(self.case, name, 0) for name in ("in_features", "out_features"))
-        masked = self.dtype == torch.float32 and getattr(self.case, "dropout", 0.0) > 0.0
-        return self.device != "cuda" or masked or any(size % 16 for size in features)
-
-
+_LOST: list[str] = []  # what broke this process's context of the GPU
 # -- stages ----------------------------------------------------------------------------------------
 
 
 def correctness(setting: Setting) -> Iterator[Row]:
     """Check ``sketched_linear`` without dropout, also in sizes of models."""
     cases = [case for case in CASES if not case.dropout]
-    chosen = [*_chosen("sketched_linear", cases, setting), *(() if setting.dry else LARGE_CASES)]
-    yield from _check_all(_tasks("sketched_linear", chosen, setting), setting)
+    tasks = list(_tasks("sketched_linear", _chosen("sketched_linear", cases, setting), setting))
+    if not setting.dry:
+        long = long_tasks(setting.device, setting.implementations, dropout=False)
+        tasks = [*_tasks("sketched_linear", LARGE_CASES, setting), *long, *tasks]
+    yield from _check_all(tasks, setting)
 
 
 def operations(setting: Setting) -> Iterator[Row]:
@@ -127,7 +84,29 @@ def operations(setting: Setting) -> Iterator[Row]:
         for operation, cases in every.items()
         for task in _tasks(operation, _chosen(operation, cases, setting), setting)
     ]
+    if not setting.dry:
+        tasks = [*long_tasks(setting.device, setting.implementations, dropout=True), *tasks]
     yield from _check_all(tasks, setting)
+
+
+def tuned(setting: Setting) -> Iterator[Row]:
+    """Repeat the long cases that run in tiles which the device's table has changed."""
+    row: Row = {"what": "tiles", "ok": True}
+    if setting.dry or "triton" not in setting.implementations:
+        yield row | {"refused": "no table is used here"}
+        return
+    from fslora_kernels import tuning
+    from fslora_kernels._launch import target_of
+    from fslora_kernels.ops.sketched_linear.configurations import TILES
+
+    table, target = tuning.measured_tiles(device_name()), target_of(torch.device("cuda"))[0]
+    changed = [
+        (kernel, arithmetic, ranks)
+        for (kernel, arithmetic, ranks), tiles in table.items()
+        if tiles != TILES[kernel, target, arithmetic][ranks]
+    ]
+    yield row | {"line": f"{len(changed)} of {len(table)} entries of the table are no default"}
+    yield from _check_all(tuned_tasks(setting.device, changed), setting)
 
 
 def _chosen(operation: str, cases: Sequence[Any], setting: Setting) -> list[Any]:
@@ -154,36 +133,54 @@ def check(tasks: Sequence[Task]) -> list[Row]:
 
 
 def _check_one(task: Task) -> Row:
-    dtype = str(task.dtype).removeprefix("torch.")
-    row: Row = {"what": f"{task.implementation} {task.operation} {dtype} {task.case.name}"}
+    row: Row = {"what": task.what}
+    if _LOST:
+        return row | {"ok": True, "refused": f"not judged, in the same process as {_LOST[0]}"}
     try:
-        CHECKS[task.operation](task)
+        with _in_tf32() if task.tf32 else nullcontext():
+            CHECKS[task.operation](task)
     except NotImplementedError as refusal:
         row |= {"ok": task.refused_by_design, "refused": str(refusal)}
         return row if row["ok"] else row | {"error": f"refused: {refusal}"}
     except Exception as error:  # recorded, and the other cases go on
+        lost = lost_device()
+        if lost is not None:
+            _LOST.append(f"{task.what}: {lost}")
         return row | {"ok": False, "error": f"{type(error).__name__}: {error}"}
     return row | {"ok": True}
+
+
+@contextmanager
+def _in_tf32() -> Iterator[None]:
+    """Multiply float32 on a GPU in TF32 for a while."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 # -- one operation ---------------------------------------------------------------------------------
 
 
-def _twice(run: Callable[[], Results]) -> Results:
-    """Return the results of the first of two runs that gave the same bits."""
+def _twice(run: Callable[[], Results], runs: int = 2) -> Results:
+    """Return the results of the first of several runs that gave the same bits."""
     with poisoned_allocations():
-        first, second = run(), run()
-    for name, value in first.items():
-        if bool(value.isnan().any()):
-            raise AssertionError(f"{name} has NaN: an element was not written, or is wrong")
-        if not torch.equal(value, second[name]):
-            raise AssertionError(f"{name}: two runs differ in their bits")
+        first = run()
+        for name, value in first.items():
+            if bool(value.isnan().any()):
+                raise AssertionError(f"{name} has NaN: an element was not written, or is wrong")
+        for _ in range(runs - 1):
+            for name, value in run().items():
+                if not torch.equal(first[name], value):
+                    raise AssertionError(f"{name}: two runs differ in their bits")
     return first
 
 
-def _check_budget(actual: Results, eager: Results, exact: Results) -> None:
+def _check_budget(actual: Results, eager: Results, exact: Results, *, factor: float = 2.0) -> None:
     for name, value in actual.items():
-        check_error_budget(value, eager[name], exact[name], name=name)
+        check_error_budget(value, eager[name], exact[name], name=name, factor=factor)
 
 
 def _exact(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -202,20 +199,29 @@ def _draw(task: Task, *shape: int, seed: int = 1) -> Tensor:
 def _check_sketched_linear(task: Task) -> None:
     case, call = task.case, partial(sketched_linear, implementation=task.implementation)
     arguments = inputs(case, task.dtype, device=task.device)
+    arguments |= {n: arguments[n].to(task.factors) for n in ("lora_a", "lora_b") if task.factors}
     dropping: dict[str, Any] = {}
     masked: dict[str, Any] = {}
     if case.dropout:
         dropping = {"dropout": case.dropout, "seed": 7}
-        # Factors that change nothing show which features are kept.
-        one = torch.eye(case.in_features, device=task.device, dtype=task.dtype)
-        x = torch.ones_like(arguments["x"])
-        kept = call(x=x, weight=None, lora_a=one, lora_b=one, **dropping).bool()
-        masked = {"kept": kept, "dropout": case.dropout}
+        masked = {"kept": _kept(task, arguments), "dropout": case.dropout}
     dy = _draw(task, case.tokens, case.out_features)
-    actual = _twice(lambda: value_and_gradients(call, arguments | dropping, dy))
+    actual = _twice(lambda: value_and_gradients(call, arguments | dropping, dy), task.runs)
     eager = value_and_gradients(reference, arguments | masked, dy)
     exact = value_and_gradients(reference, _exact(arguments) | masked, dy.double())
-    _check_budget(actual, eager, exact)
+    _check_budget(actual, eager, exact, factor=task.factor)
+
+
+def _kept(task: Task, arguments: dict[str, Any]) -> Tensor:
+    """Return the mask that an implementation draws: bool, of x's shape."""
+    x, a, b = (arguments[name] for name in ("x", "lora_a", "lora_b"))
+    call = Arguments(x, None, a, b.t(), None, None, 1.0, task.case.dropout, 7)
+    backend = load(BACKENDS[task.implementation])
+    mask: Tensor = backend._mask(call)
+    if task.implementation == "torch":
+        return mask.bool()
+    features = torch.arange(x.shape[1], device=x.device)
+    return (mask[:, features // 8] >> (features % 8)) & 1 != 0
 
 
 def _check_grouped(task: Task) -> None:
@@ -225,7 +231,7 @@ def _check_grouped(task: Task) -> None:
     actual = _twice(lambda: value_and_gradients(call, arguments, dy))
     eager = value_and_gradients(grouped_reference, arguments, dy)
     exact = value_and_gradients(grouped_reference, _exact(arguments), dy.double())
-    _check_budget(actual, eager, exact)
+    _check_budget(actual, eager, exact, factor=task.factor)
 
 
 def _check_shared(task: Task) -> None:

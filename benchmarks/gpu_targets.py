@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.compare import Result, graph_seconds
+from benchmarks.compare import Result
 from benchmarks.gpu import Row
+from benchmarks.graphs import InGraphs, take_turns_in_graphs
 from benchmarks.peers import peft_model
 from benchmarks.timing import Clock, take_turns
 from fslora_kernels import (
@@ -32,14 +33,18 @@ from fslora_kernels.testing import check_error_budget
 SCALE = 2.0
 # Cell to how often an 8B layer has it: o is as q, v as k, up as gate.
 PROJECTIONS = {"8b-q": 2, "8b-k": 2, "8b-gate": 2, "8b-down": 1}
+NEEDED = ("ours", "base")  # a cell without them says nothing
 # What is printed of the sum; the stage's file has every row.
 SHOWN = (
     "ours",
+    "ours, float32",
     "ours, torch",
     "PEFT at S",
     "PEFT at S, float32",
     "PEFT at R",
     "PEFT at R, float32",
+    "PEFT at S, compiled",
+    "PEFT at R, compiled",
 )
 SHOWN += ("Unsloth style", "delta first")
 # Its inputs: features in, and out of the projections that share the input.
@@ -109,37 +114,48 @@ def _check(name: str, way: Way, eager: Sequence[Tensor], exact: Sequence[Tensor]
 
 
 def _timed(what: str, ways: Mapping[str, Way], extent: Extent, measure: Clock) -> Row:
-    """Time the first way in turns with the others, and each inside a CUDA graph."""
-    (ours, first), *peers = ((name, way.step) for name, way in ways.items())
+    """Time the first way in turns with the others, then all of them inside CUDA graphs."""
+    steps = {name: way.step for name, way in ways.items()}
+    (ours, first), *peers = steps.items()
     turns = take_turns(first, dict(peers), measure, seconds=extent.seconds, rounds=extent.rounds)
     times = {ours: turns.ours_s, **turns.peer_s}
+    graphs = InGraphs()
+    if extent.device == "cuda":
+        graphs = take_turns_in_graphs(
+            ours, steps, measure, seconds=extent.seconds, rounds=extent.rounds
+        )
+    in_graphs = {} if (g := graphs.turns) is None else {ours: g.ours_s, **g.peer_s}
     return {
         "what": what,
         "ok": True,
         "ms": {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()},
         "spread": str(turns.spread),
         "ratios": {name: str(turns.pairs(name).ratio) for name, _ in peers},
-        "graph": {name: graph_seconds(way.step) for name, way in ways.items()}
-        if extent.device == "cuda"
-        else {},
+        "graph_ms": {name: 1e3 * statistics.median(s) for name, s in in_graphs.items()},
+        "graph_spread": None if g is None else str(g.spread),
+        "graph_errors": dict(graphs.errors),
     }
 
 
 def _ratio(row: Row, of: str, to: str) -> str:
     """Print a ratio of medians, eager and inside a CUDA graph."""
     text = f"{row['ms'][of] / row['ms'][to]:.3f}"
-    in_graph = [row["graph"].get(name, {}).get("graph_s") for name in (of, to)]
+    in_graph = [row["graph_ms"].get(name) for name in (of, to)]
     return f"{text} (in a graph {in_graph[0] / in_graph[1]:.3f})" if all(in_graph) else text
 
 
 # -- a decoder layer -------------------------------------------------------------------------------
 
 
-def layer_sum(results: Sequence[Result]) -> Row:
-    """Add up the seven projections of an 8B layer, from cells that were measured one by one."""
+def layer_sum(results: Sequence[Result], beside: str = "") -> Row:
+    """Add up the seven projections of an 8B layer, from cells that were measured one by one.
+
+    Rows that are wrong in a cell are left out; ``beside`` says in the title what others there are.
+    """
     cells = {result.cell.name: result for result in results if result.cell.name in PROJECTIONS}
-    row: Row = {"what": "8B layer, sum of seven projections", "ok": False}
-    if cells.keys() != PROJECTIONS.keys() or any(result.red for result in cells.values()):
+    row: Row = {"what": f"8B layer, sum of seven projections{beside}", "ok": False}
+    needed = [timed for result in cells.values() for timed in result.rows if timed.name in NEEDED]
+    if cells.keys() != PROJECTIONS.keys() or any(timed.error for timed in needed):
         return row | {"error": f"not every one of {', '.join(PROJECTIONS)} was measured and right"}
     ms: dict[str, float] = {}
     graph_ms: dict[str, float] = {}
@@ -148,8 +164,10 @@ def layer_sum(results: Sequence[Result]) -> Row:
             (1e3 * count, timed)
             for cell, count in PROJECTIONS.items()
             for timed in cells[cell].rows
-            if timed.name == name
+            if timed.name == name and timed.error is None
         ]
+        if len(found) < len(PROJECTIONS):
+            continue  # a peer that is wrong somewhere has no sum
         ms[name] = sum(count * statistics.median(timed.seconds) for count, timed in found)
         in_graphs = [count * timed.graph_s for count, timed in found if timed.graph_s is not None]
         if len(in_graphs) == len(found):

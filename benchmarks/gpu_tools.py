@@ -1,6 +1,8 @@
 """Two stages of ``benchmarks.gpu``: compute-sanitizer on tiny shapes, and hardware counters.
 
-A tool that is missing, or may not look at this device, is a refusal with what it said, no failure.
+A tool that is missing, or may not look at this device, is a refusal with what it said, no failure;
+one that did not finish is a failure. The launches run once without the tool before, so that it does
+not time the compiler.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from tempfile import TemporaryFile
 from time import perf_counter
 
 from benchmarks import gpu_launches
-from benchmarks.gpu import STAGES, Row, Setting, finish
+from benchmarks.gpu import Row, Setting, finish
 from fslora_kernels._dispatch import unavailable
 from fslora_kernels.ops.sketched_linear import cost
 
@@ -27,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAUNCHES = (sys.executable, "-m", "benchmarks.gpu_launches")
 FOUND_ERRORS = 86  # exit code that the sanitizer is told to use for them
 _RESERVE_S = 12
+_LONGEST_S = 3600.0  # where nobody set a limit
 # Where NVIDIA's installers put them, if they are not on the path.
 _FOLDERS = (
     "/usr/local/cuda*/bin",
@@ -87,7 +90,7 @@ def run(command: Sequence[str], seconds: float) -> Ran:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        code = finish(process, seconds)
+        code = finish(process, min(seconds, _LONGEST_S))
         out.seek(0)
         return Ran(code, out.read())
 
@@ -106,24 +109,31 @@ def _unusable(tool: str, setting: Setting) -> tuple[str | None, str]:
 
 def sanitizer(setting: Setting) -> Iterator[Row]:
     """Run every kernel once under memcheck, then under racecheck as far as the time goes."""
-    end = perf_counter() + STAGES["sanitizer"][1] - _RESERVE_S
+    end = perf_counter() + _seconds(setting)
     path, reason = _unusable("compute-sanitizer", setting)
     if setting.dry and unavailable("triton", setting.device) is None:
         gpu_launches.main(["tiny"])
-    rows = []
+    if path is not None:
+        yield _alone("tiny", end)
     for check, own_flags in CHECKS.items():
         if path is None:
             yield {"what": check, "ok": True, "refused": reason, "line": f"{check}: {reason}"}
             continue
         flags = ("--tool", check, *own_flags, "--target-processes", "application-only")
         flags += ("--error-exitcode", str(FOUND_ERRORS))
-        rows.append(judged(check, run((path, *flags, *LAUNCHES, "tiny"), end - perf_counter())))
-        yield rows[-1]
-    if any("refused" in row for row in rows) and perf_counter() < end:
-        # Was it the tool, or the launches?
-        ran = run((*LAUNCHES, "tiny"), end - perf_counter())
-        row: Row = {"what": "launches alone", "ok": ran.code in (0, None)}
-        yield row if row["ok"] else row | {"error": ran.words}
+        yield judged(check, run((path, *flags, *LAUNCHES, "tiny"), end - perf_counter()))
+
+
+def _seconds(setting: Setting) -> float:
+    """What a stage may use; a dry run starts no tool."""
+    return setting.limit_s - _RESERVE_S
+
+
+def _alone(size: str, end: float) -> Row:
+    """Run the launches without a tool, which compiles what they need."""
+    ran = run((*LAUNCHES, size), end - perf_counter())
+    row: Row = {"what": f"{size} launches alone", "ok": ran.code == 0}
+    return row if row["ok"] else row | {"error": ran.words}
 
 
 def judged(check: str, ran: Ran) -> Row:
@@ -132,6 +142,8 @@ def judged(check: str, ran: Ran) -> Row:
     if ran.code == 0 and gpu_launches.DONE in ran.text and "SUMMARY" in ran.text:
         summary = next(line for line in ran.text.splitlines() if "SUMMARY" in line)
         return row | {"line": f"{check}: {summary.strip('= ')}"}
+    if ran.code is None:
+        return row | {"ok": False, "error": f"did not finish: {ran.words}"}
     if ran.code == FOUND_ERRORS:
         return row | {"ok": False, "error": ran.words, "text": ran.text[:20_000]}
     return row | {"refused": ran.words, "line": f"{check} could not look: {ran.words}"}
@@ -144,19 +156,23 @@ METRICS = {"dram__bytes_read.sum": "read", "dram__bytes_write.sum": "written"}
 
 def counters(setting: Setting) -> Iterator[Row]:
     """Read how many bytes each kernel of one layer moves to and from the device's memory."""
-    end = perf_counter() + STAGES["counters"][1] - _RESERVE_S
+    end = perf_counter() + _seconds(setting)
     path, reason = _unusable("ncu", setting)
     if path is None:
         yield {"what": "DRAM bytes", "ok": True, "refused": reason, "line": reason}
         return
+    yield _alone("large", end)
     flags = ("--target-processes", "application-only", "--csv", "--print-units", "base")
     flags += ("--clock-control", "none")
     flags += ("--metrics", ",".join(METRICS))
     flags += ("--kernel-name", "regex:apply|wgrad|reduce_kernel")
     ran = run((path, *flags, *LAUNCHES, "large"), end - perf_counter())
     moved = launches_of(ran.text)
-    if not moved:
+    if ran.code is None:
+        yield {"what": "DRAM bytes", "ok": False, "error": f"did not finish: {ran.words}"}
+    elif not moved:
         yield {"what": "DRAM bytes", "ok": True, "refused": ran.words, "line": ran.words}
+    if ran.code is None or not moved:
         return
     for name, found in moved:
         row: Row = {"what": name, "ok": True, "mb": found}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -214,20 +214,17 @@ def _check(layer: Layer, dropout: float, *, full: bool) -> None:
         raise AssertionError("dropout drops nothing: two masks give one result")
 
 
-def rows(layer: Layer, dropouts: Sequence[float]) -> list[Held]:
-    """Measure every way at every dropout; the bare layer first."""
-    found = [measure(layer, layer.base(), "base", 0.0)]
+def rows(layer: Layer, dropouts: Sequence[float]) -> Iterator[Held]:
+    """Measure every way at every dropout, one by one; the bare layer first, ours after PEFT."""
+    yield measure(layer, layer.base(), "base", 0.0)
     for dropout in dropouts:
         if layer.size.dtype != "float32":
             for full, rank in ((True, "R"), (False, "S")):
                 module = layer.peft(dropout, full=full, as_it_comes=True)
-                found.append(measure(layer, module, f"{AS_IT_COMES} {rank}", dropout))
+                yield measure(layer, module, f"{AS_IT_COMES} {rank}", dropout)
         for full, rank in ((True, "R"), (False, "S")):
             for name, build in (("PEFT", layer.peft), ("ours", layer.ours)):
-                found.append(
-                    measure(layer, build(dropout, full=full), f"{name} at {rank}", dropout)
-                )
-    return found
+                yield measure(layer, build(dropout, full=full), f"{name} at {rank}", dropout)
 
 
 def table(found: Sequence[Held], wrong: dict[str, str]) -> str:
@@ -291,7 +288,7 @@ def main(arguments: Sequence[str]) -> int:
     size = Size(**chosen)
     layer = Layer(size)
     wrong = errors(layer, dropout)
-    found = rows(layer, (0.0, dropout))
+    found = list(rows(layer, (0.0, dropout)))
     print(
         f"one decoder layer, {size.batch}×{size.length} tokens, hidden {size.hidden}, "
         f"R={size.rank}, S={size.sketch_size}, {size.dtype}; in brackets: over PEFT's"

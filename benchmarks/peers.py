@@ -228,10 +228,17 @@ def peft(
 # -- ours ------------------------------------------------------------------------------------------
 
 
-def ours(problem: Problem, *, full: bool = False, view: bool = False) -> Row:
-    """Our layer on a PEFT model: compact leaves at S or R, or (view) full factors and an index."""
+def ours(
+    problem: Problem, *, full: bool = False, view: bool = False, as_it_comes: bool = False
+) -> Row:
+    """Our layer on a PEFT model: compact leaves at S or R, or (view) full factors and an index.
+
+    The model is PEFT's as it comes, adapters in float32, or has adapters of the weight's dtype.
+    """
     scale = problem.full_scale
-    model = peft_model(problem.weight, problem.lora_a, problem.lora_b, scale=scale)
+    model = peft_model(
+        problem.weight, problem.lora_a, problem.lora_b, scale=scale, as_it_comes=as_it_comes
+    )
     fslora_kernels.fuse(model)
     (name,) = fslora_kernels.modules(model)
     layer = model.get_submodule(name)
@@ -245,6 +252,7 @@ def ours(problem: Problem, *, full: bool = False, view: bool = False) -> Row:
         a, b = leaves[name].lora_a, leaves[name].lora_b
     x = _x(problem)
     title = "ours at R" if full else "ours, view" if view else "ours"
+    title += ", float32" * as_it_comes
     computes: Literal["full", "sketch"] = "full" if full else "sketch"
     return Row(title, lambda: layer(x), (x, a, b), computes, ours=True, rank_major_b=not view)
 
@@ -284,6 +292,8 @@ def layer_rows(cell: Cell, *, compiled: bool) -> list[Builder]:
             rows.append(partial(peft, full=full, compiled=True))
     if sketched:
         rows += [partial(ours, full=True), partial(ours, view=True), dense_mask, index_select]
+    if cell.dtype != "float32":
+        rows.append(partial(ours, as_it_comes=True))
     return [*rows, unsloth_style, delta_first]
 
 

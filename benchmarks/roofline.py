@@ -49,7 +49,7 @@ def ceilings(device: str, dtype: torch.dtype, measure: Clock, *, shrink: int = 1
         torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2)
     )
     product = torch.empty_like(left)
-    source = torch.ones(copied // 4, device=device)
+    source = torch.randn(copied // 4, generator=generator, device=device)
     target = torch.zeros_like(source)
     product_s = min(measure(lambda: torch.mm(left, right, out=product)) for _ in range(_REPEATS))
     copy_s = min(measure(lambda: target.copy_(source)) for _ in range(_REPEATS))

@@ -18,7 +18,7 @@ LEGEND = """\
   roof        least possible time of the cell (of the base: without an adapter) over the row's
   Mflop       executed, masked and padded ranks included; the cell's line says what is useful
   MB          read and written, each operation's tensors once
-  ops         operations; on a GPU kernels launched
+  ops         operations; on a GPU `benchmarks gpu` counts the kernels, after all timing
   saved, peak kept for the backward pass (x included), and most alive at once, in kB"""
 
 
@@ -55,7 +55,7 @@ def _line(row: Timed) -> str:
     counted = "        –       –    –       –       –"
     if (c := row.counted) is not None:
         counted = (
-            f"{c.flops / 1e6:>9.0f}{c.bytes_moved / 1e6:>8.1f}{c.launches:>5}"
+            f"{c.flops / 1e6:>9.0f}{c.bytes_moved / 1e6:>8.1f}{c.launches or '–':>5}"
             f"{c.saved_bytes / 1e3:>8.0f}{c.peak_bytes / 1e3:>8.0f}"
         )
     return (

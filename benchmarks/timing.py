@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -266,7 +267,10 @@ def _version(package: str) -> str:
 
 
 def git_commit() -> str:
-    """The commit of this checkout, with a plus where files in it differ; new files do not count."""
+    """The commit of this checkout, with a plus where files in it differ; new files do not count.
+
+    A copy without its history is told by the environment variable FSLORA_COMMIT.
+    """
     folder = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
@@ -278,4 +282,4 @@ def git_commit() -> str:
             "+" if git("status", "--porcelain", "--untracked-files=no") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("FSLORA_COMMIT", "unknown")

@@ -12,7 +12,7 @@ from fslora_kernels._dispatch import unavailable
 
 
 def tune(device: str, out: Path | None, console: Console) -> Path:
-    """Tune, print each result as it comes, and write the table.
+    """Tune, print and keep each result as it comes, so that an interruption costs only the rest.
 
     Args:
         device: torch's device.
@@ -44,10 +44,10 @@ def tune(device: str, out: Path | None, console: Console) -> Path:
     rows = []
     for row in tuning.tune(where, measure=do_bench):
         rows.append(row)
+        tuning.save(path, name, target_of(where)[0], rows)
         console.print(
             f"{row.kernel:<6} {row.ranks:>4} ranks   {1 / row.over_default:5.2f} × as fast as the "
             f"default   best of {row.tried}: {row.tiles}"
         )
-    tuning.save(path, name, target_of(where)[0], rows)
     console.print(f"kept in {path}")
     return path

@@ -287,15 +287,20 @@ def _computes(
     wanted: list[Tensor],
     dtype: torch.dtype,
 ) -> bool:
-    """Whether tiles compile, fit, and give the default's results up to rounding in a dtype."""
-    for problem, want in zip(problems, wanted, strict=True):
-        try:
+    """Whether tiles compile, fit, and give the default's results up to rounding.
+
+    Sums in float32 of products in half precision differ by more than float32's rounding when they
+    are split otherwise: a matrix unit aligns a product's terms before it adds them.
+    """
+    try:
+        for problem, want in zip(problems, wanted, strict=True):
             found = problem(tiles)
-        except Exception:  # whatever the compiler or the driver says: not this one
-            return False
-        error = (found.float() - want.float()).norm() / want.float().norm()
-        if not bool(error <= 4 * torch.finfo(dtype).eps):
-            return False
+            error = float((found.float() - want.float()).norm() / want.float().norm())
+            epsilon = max(torch.finfo(found.dtype).eps, torch.finfo(dtype).eps / 16)
+            if not error <= 4 * epsilon:
+                return False
+    except Exception:  # whatever the compiler or the driver says, also later: not this one
+        return False
     return True
 
 

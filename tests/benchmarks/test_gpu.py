@@ -1,17 +1,23 @@
 import dataclasses
+import functools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
 from benchmarks import (
-    compare,
     gpu,
     gpu_checks,
     gpu_layer,
     gpu_targets,
     gpu_tools,
     gpu_tuning,
+    graphs,
     peers,
 )
 from benchmarks.gpu import STAGES
@@ -22,6 +28,7 @@ from fslora_kernels._dispatch import interpreting
 
 from .test_gpu_operations import wrong_projections, wrong_scale
 
+FILES = {"results.json", "table.txt", "tuned.json", "layer.jsonl", "layer.png"}
 interpreted = [
     pytest.mark.interpreter,
     pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1 from the start"),
@@ -37,8 +44,10 @@ def test_the_dry_run_passes_says_so_and_writes_every_stage(capsys, tmp_path):
     printed = capsys.readouterr().out
     assert code == 0, printed
     assert printed.startswith("DRY (as asked)")
-    for name in STAGES:
-        result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert {path.name for path in tmp_path.iterdir()} <= FILES
+    results = gpu.read(tmp_path)
+    assert list(results) == list(STAGES)
+    for name, result in results.items():
         assert (result["stage"], result["status"], result["dry"]) == (name, "ok", True)
         assert result["rows"]
         assert {"commit", "device", "versions"} <= result.keys()
@@ -47,12 +56,13 @@ def test_the_dry_run_passes_says_so_and_writes_every_stage(capsys, tmp_path):
     measured = {json.loads(line)["cell"]["name"] for line in lines}
     assert measured == set(gpu_targets.PROJECTIONS)
     assert (tmp_path / "layer.png").read_bytes()[:4] == b"\x89PNG"
-    for figure in ("8B layer in one step", "8B layer, sum of seven", "2 adapters × 8 tokens"):
+    figures = ("8B layer in one step", "8B layer, sum of seven", "2 adapters × 8 tokens")
+    for figure in (*figures, "beside torch.compile"):
         assert figure in printed
 
 
 def test_everything_takes_less_than_ten_minutes():
-    assert sum(limit for _, limit in STAGES.values()) <= 590
+    assert sum(limit for _, limit in STAGES.values()) <= gpu.TOTAL_S <= 560
 
 
 def broken(setting):
@@ -65,19 +75,96 @@ def test_a_failing_stage_is_recorded_and_the_next_goes_on(capsys, monkeypatch, t
     monkeypatch.setattr(gpu_checks, "broken", broken, raising=False)
     monkeypatch.setitem(STAGES, "broken", ("benchmarks.gpu_checks", 60))
     assert gpu.main(["--dry", "--only", "broken", "environment", "--out", str(tmp_path)]) == 1
-    result = json.loads((tmp_path / "broken.json").read_text())
+    result = gpu.read(tmp_path)["broken"]
     assert (result["status"], result["error"]) == ("failed", "RuntimeError: the device is gone")
     assert len(result["rows"]) == 1
-    assert json.loads((tmp_path / "environment.json").read_text())["status"] == "ok"
+    assert gpu.read(tmp_path)["environment"]["status"] == "ok"
     assert "FAILED broken: RuntimeError: the device is gone" in capsys.readouterr().out
 
 
 def test_a_stage_runs_in_its_own_process_and_is_killed_when_late(dry, tmp_path):
-    late = gpu.run_apart("environment", dry, 0.05)
+    late = gpu.run_apart("environment", dataclasses.replace(dry, limit_s=0.05))
     assert (late["status"], late["error"]) == ("failed", "killed after 0.05 s")
-    assert json.loads((tmp_path / "environment.json").read_text())["status"] == "failed"
-    assert gpu.run_apart("environment", dry, 120)["status"] == "ok"
-    assert json.loads((tmp_path / "environment.json").read_text())["status"] == "ok"
+    assert gpu.read(tmp_path)["environment"]["status"] == "failed"
+    gpu.write(tmp_path, {"stage": "fuse", "status": "ok", "dry": True, "rows": []})
+    assert gpu.run_apart("environment", dataclasses.replace(dry, limit_s=120))["status"] == "ok"
+    assert {n: r["status"] for n, r in gpu.read(tmp_path).items()} == {
+        "environment": "ok",
+        "fuse": "ok",
+    }
+
+
+def told_to_end(setting):
+    yield {"what": "a finding", "ok": True, "line": "the first line"}
+    os.kill(os.getpid(), signal.SIGTERM)
+    yield {"what": "never", "ok": True}
+
+
+@pytest.mark.usefixtures("dry")
+def test_the_table_is_written_when_the_script_is_told_to_end(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_checks, "told", told_to_end, raising=False)
+    monkeypatch.setitem(STAGES, "told", ("benchmarks.gpu_checks", 60))
+    with pytest.raises(SystemExit):
+        gpu.main(["--dry", "--only", "told", "environment", "--out", str(tmp_path)])
+    text = (tmp_path / "table.txt").read_text()
+    assert "the first line" in text
+    assert "told          running" in text
+    assert "not begun: environment" in text
+    assert len(gpu.read(tmp_path)["told"]["rows"]) == 1
+
+
+def test_what_a_stage_has_started_in_a_session_of_its_own_ends_with_it(tmp_path):
+    started = tmp_path / "started"
+    code = f"""if True:
+        import subprocess, sys
+        from benchmarks import gpu
+        with gpu.ended_by_signals():
+            tool = subprocess.Popen(["sleep", "60"], start_new_session=True)
+            open({str(started)!r}, "w").write(str(tool.pid))
+            gpu.finish(tool, 60)"""
+    stage = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    while not (started.exists() and started.read_text()):
+        assert stage.poll() is None
+        time.sleep(0.05)
+    assert gpu.finish(stage, 0.0) is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+
+
+def test_what_a_stage_leaves_goes_to_the_next_and_all_to_the_last(monkeypatch, dry):
+    limits = {}
+    monkeypatch.setattr(gpu, "run_stage", lambda name, own: limits.update({name: own.limit_s}))
+    gpu._run_all(["environment", "fuse", "memory"], dry, {"fuse": 7.0}, apart=False)
+    first = STAGES["environment"][1]
+    assert limits == {
+        "environment": pytest.approx(first, abs=2),
+        "fuse": pytest.approx(first + 7, abs=2),
+        "memory": pytest.approx(gpu.TOTAL_S, abs=2),
+    }
+    gpu._run_all(["memory"], dry, {}, apart=False)
+    assert limits["memory"] == pytest.approx(STAGES["memory"][1], abs=2)
+
+
+def test_a_stages_process_without_a_gpu_does_not_go_dry_by_itself(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main(["--here", "--only", "environment", "--out", str(tmp_path)])
+    assert "sees no GPU" in capsys.readouterr().err
+    assert gpu.read(tmp_path) == {}
+
+
+def test_nothing_is_judged_after_the_device_is_lost(monkeypatch, dry):
+    monkeypatch.setattr(gpu, "lost_device", lambda: "CUDA error: an illegal memory access")
+    monkeypatch.setattr(gpu_checks, "faulty", faulty, raising=False)
+    monkeypatch.setitem(STAGES, "faulty", ("benchmarks.gpu_checks", 60))
+    result = gpu.run_stage("faulty", dry)
+    assert len(result["rows"]) == 1
+    assert "illegal memory access" in result["error"]
+
+
+def faulty(setting):
+    yield {"what": "the fault", "ok": False, "error": "it faults"}
+    yield {"what": "what comes after", "ok": False, "error": "it faults too"}
 
 
 def test_fuse_sees_a_sketch_that_is_not_applied(monkeypatch, dry):
@@ -175,16 +262,43 @@ def test_cells_that_the_time_does_not_allow_are_counted(dry):
     assert "0 of 4 cells" in row["refused"]
 
 
-def test_a_step_that_cannot_be_captured_says_why(monkeypatch):
-    testing = pytest.importorskip("triton.testing")
-    monkeypatch.setattr(testing, "do_bench_cudagraph", lambda step, **_: 2.0)
-    assert compare.graph_seconds(list) == {"graph_s": 0.002}
+def test_steps_in_graphs_take_turns_and_one_that_cannot_be_captured_says_why():
+    ran = []
 
-    def refuse(step, **_):
-        raise RuntimeError("copies to the device")
+    def capture(step):
+        if step is list:
+            raise RuntimeError("copies to the device")
+        return step
 
-    monkeypatch.setattr(testing, "do_bench_cudagraph", refuse)
-    assert compare.graph_seconds(list) == {"graph_error": "copies to the device"}
+    steps = {name: functools.partial(ran.append, name) for name in ("ours", "base", "peer")}
+    found = graphs.take_turns_in_graphs(
+        "ours", steps | {"stuck": list}, clock("cpu"), seconds=0, rounds=3, capture=capture
+    )
+    assert found.errors == {"stuck": "copies to the device"}
+    assert found.turns.rounds == 3
+    assert found.turns.peer_s.keys() == {"base", "peer"}
+    assert ran[3:6] == ["base", "ours", "peer"]
+    alone = graphs.take_turns_in_graphs(
+        "stuck", steps | {"stuck": list}, clock("cpu"), seconds=0, rounds=1, capture=capture
+    )
+    assert alone.turns is None
+
+
+def wrong_peer(problem):
+    raise ImportError("no such package")
+
+
+def test_a_peer_that_fails_costs_its_own_row_and_no_more(monkeypatch, dry):
+    right = gpu_layer.layer_rows
+    monkeypatch.setattr(gpu_layer, "_DRY_ROWS", 5)
+    monkeypatch.setattr(gpu_layer, "layer_rows", lambda *a, **k: [*right(*a, **k)[:3], wrong_peer])
+    results, rows = measured(dry)
+    assert all(row["ok"] and "wrong_peer" in row["line"] for row in rows)
+    assert "no such package" in rows[0]["red"]["wrong_peer"]
+    row = gpu_targets.layer_sum(results)
+    assert row["ok"]
+    assert "wrong_peer" not in row["ms"]
+    assert {"ours", "base"} < row["ms"].keys()
 
 
 def test_memory_of_a_wrong_layer_is_red(monkeypatch, dry):

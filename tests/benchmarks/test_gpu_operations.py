@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_operations
+from benchmarks import gpu, gpu_cases, gpu_operations
 from benchmarks.gpu import Setting
 from benchmarks.gpu_operations import DRY_CASES, Task
 from fslora_kernels.ops.grouped_sketched_linear import cases as grouped_cases
 from fslora_kernels.ops.scatter_mean import cases as scatter_cases
 from fslora_kernels.ops.sketched_adamw import cases as adamw_cases
 from fslora_kernels.ops.sketched_linear.cases import CASES
+from fslora_kernels.ops.sketched_linear.op import PADDED_RANKS, padded_ranks
 
 
 def task(operation, dtype=torch.float32, device="cpu", **kind):
@@ -126,6 +127,43 @@ def test_a_wrong_operation_is_red(monkeypatch, operation, change, message):
     (row,) = gpu_operations.check([one])
     assert not row["ok"]
     assert message in row["error"]
+
+
+def test_long_cases_reach_every_number_of_padded_ranks_and_are_right():
+    tasks = [
+        *gpu_cases.long_tasks("cpu", ["torch"], dropout=False),
+        *gpu_cases.long_tasks("cpu", ["torch"], dropout=True),
+    ]
+    sizes = {one.case.sketch_size for one in tasks if one.operation == "sketched_linear"}
+    assert {padded_ranks(size) for size in sizes} == set(PADDED_RANKS)
+    assert {one.factor for one in tasks if one.dtype == torch.float32} == {6.0}
+    kinds = {(one.dtype, one.factors, one.tf32) for one in tasks}
+    assert (torch.bfloat16, torch.float32, False) in kinds
+    assert (torch.float32, None, True) in kinds
+    masked = next(one for one in tasks if one.runs > 2)
+    grouped = next(one for one in tasks if one.operation == "grouped_sketched_linear")
+    wide = next(one for one in tasks if one.factors)
+    chosen = [dataclasses.replace(one, runs=2) for one in (masked, grouped, wide)]
+    assert [row for row in gpu_operations.check(chosen) if not row["ok"]] == []
+
+
+def test_only_what_a_table_changed_is_repeated():
+    changed = [("wgrad", "half", 32), ("apply", "half", 128), ("apply", "tf32", 16)]
+    names = {one.case.name for one in gpu_cases.tuned_tasks("cuda", changed)}
+    assert names == {"long_24", "long_24_dropout", "long_100"}
+
+
+def test_after_a_lost_device_a_process_judges_nothing(monkeypatch):
+    def fault(**_):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(gpu_operations, "_LOST", [])
+    monkeypatch.setattr(gpu_operations, "lost_device", lambda: "an illegal memory access")
+    monkeypatch.setattr(gpu_operations, "scatter_mean", fault)
+    first, second = gpu_operations.check([task("scatter_mean"), task("sketched_adamw")])
+    assert not first["ok"]
+    assert second["ok"]
+    assert "not judged, in the same process as torch scatter_mean" in second["refused"]
 
 
 def test_a_refusal_of_what_models_have_is_a_defect_on_a_gpu(monkeypatch):

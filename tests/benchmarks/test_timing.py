@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from benchmarks import timing
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.timing import (
     LEAST_ROUNDS,
@@ -94,3 +95,14 @@ def test_names_are_listed_and_a_wrong_one_is_refused(capsys):
     assert all(name in listed for name in BENCHMARKS)
     assert main(["fast"]) == 2
     assert "no benchmark 'fast'" in capsys.readouterr().err
+
+
+def test_a_copy_without_history_is_told_which_commit_it_is(monkeypatch):
+    def no_git(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(timing.subprocess, "run", no_git)
+    monkeypatch.delenv("FSLORA_COMMIT", raising=False)
+    assert timing.git_commit() == "unknown"
+    monkeypatch.setenv("FSLORA_COMMIT", "abc1234")
+    assert timing.git_commit() == "abc1234"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from fslora_kernels import tuning
 from fslora_kernels._dispatch import interpreting
@@ -134,6 +135,45 @@ def test_sizes_that_no_kernel_takes_are_refused(folders):
     path.write_text(json.dumps(table))
     with pytest.raises(ValueError, match="no power of 2"):
         tuning.load(path)
+
+
+def test_a_candidate_may_split_a_float32_sum_of_half_products_otherwise():
+    tiles, want = Tiles(64, 64), torch.ones(8)
+
+    def computes(found, dtype):
+        return tuning._computes([lambda _: found], tiles, [want], dtype)
+
+    assert computes(want * (1 + 1e-5), torch.bfloat16)
+    assert not computes(want * (1 + 1e-5), torch.float32)
+    assert not computes(want * 1.01, torch.bfloat16)
+    assert not computes(want * float("nan"), torch.bfloat16)
+
+
+def test_a_fault_that_shows_only_in_the_comparison_costs_one_candidate():
+    class Faulty:
+        dtype = torch.float32
+
+        def float(self):
+            raise RuntimeError("CUDA error: misaligned address")
+
+    assert not tuning._computes([lambda _: Faulty()], Tiles(64, 64), [torch.ones(8)], torch.float16)
+
+
+def test_the_command_keeps_what_it_has_found_when_it_is_interrupted(folders, monkeypatch):
+    from fslora import tune as command
+
+    def rows(*_, **__):
+        yield ROWS[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "unavailable", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr("fslora_kernels._launch.target_of", lambda _: ("sm_90", 132))
+    monkeypatch.setattr(command.tuning, "tune", rows)
+    with pytest.raises(KeyboardInterrupt):
+        command.tune("cuda", folders / "table.json", Console(quiet=True))
+    assert tuning.load(folders / "table.json") == {("apply", "half", 16): ROWS[0].tiles}
 
 
 def test_nothing_is_tuned_without_a_gpu(capsys, monkeypatch):
