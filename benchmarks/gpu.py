@@ -58,7 +58,7 @@ STAGES = {
     "memory": ("benchmarks.gpu_layer", 80),
     "layer": ("benchmarks.gpu_layer", 65),
     "sanitizer": ("benchmarks.gpu_tools", 50),
-    "counters": ("benchmarks.gpu_tools", 25),
+    "counters": ("benchmarks.gpu_tools", 30),
 }
 TOTAL_S = 560  # with the script's own start and end below ten minutes
 _GRACE_S = 3  # between asking a process to end and ending it
@@ -337,7 +337,7 @@ def _run_all(
         results = [kept[name] for name in names if name in kept]
         text = table(results)
         if len(results) < len(names):
-            text += f"\nnot begun: {', '.join(name for name in names if name not in kept)}"
+            text += f"\nwithout a result: {', '.join(name for name in names if name not in kept)}"
         (setting.out / "table.txt").write_text(text + "\n", encoding="utf-8")
         print(f"\n{text}\n\nresults: {setting.out}", flush=True)
     return int(any(result["status"] != "ok" for result in results))

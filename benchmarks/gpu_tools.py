@@ -1,8 +1,8 @@
 """Two stages of ``benchmarks.gpu``: compute-sanitizer on tiny shapes, and hardware counters.
 
 A tool that is missing, or may not look at this device, is a refusal with what it said, no failure;
-one that did not finish is a failure. The launches run once without the tool before, so that it does
-not time the compiler.
+one that did not finish is a failure. The launches run once without the sanitizer before, so that
+it does not wait for the compiler.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def sanitizer(setting: Setting) -> Iterator[Row]:
     if setting.dry and unavailable("triton", setting.device) is None:
         gpu_launches.main(["tiny"])
     if path is not None:
-        yield _alone("tiny", end)
+        yield _alone(end)
     for check, own_flags in CHECKS.items():
         if path is None:
             yield {"what": check, "ok": True, "refused": reason, "line": f"{check}: {reason}"}
@@ -129,10 +129,10 @@ def _seconds(setting: Setting) -> float:
     return setting.limit_s - _RESERVE_S
 
 
-def _alone(size: str, end: float) -> Row:
-    """Run the launches without a tool, which compiles what they need."""
-    ran = run((*LAUNCHES, size), end - perf_counter())
-    row: Row = {"what": f"{size} launches alone", "ok": ran.code == 0}
+def _alone(end: float) -> Row:
+    """Run the tiny launches without a tool, which compiles what they need."""
+    ran = run((*LAUNCHES, "tiny"), end - perf_counter())
+    row: Row = {"what": "launches alone", "ok": ran.code == 0}
     return row if row["ok"] else row | {"error": ran.words}
 
 
@@ -161,7 +161,6 @@ def counters(setting: Setting) -> Iterator[Row]:
     if path is None:
         yield {"what": "DRAM bytes", "ok": True, "refused": reason, "line": reason}
         return
-    yield _alone("large", end)
     flags = ("--target-processes", "application-only", "--csv", "--print-units", "base")
     flags += ("--clock-control", "none")
     flags += ("--metrics", ",".join(METRICS))

@@ -109,7 +109,7 @@ def test_the_table_is_written_when_the_script_is_told_to_end(capsys, monkeypatch
     text = (tmp_path / "table.txt").read_text()
     assert "the first line" in text
     assert "told          running" in text
-    assert "not begun: environment" in text
+    assert "without a result: environment" in text
     assert len(gpu.read(tmp_path)["told"]["rows"]) == 1
 
 
