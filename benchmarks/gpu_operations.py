@@ -217,9 +217,10 @@ def _kept(task: Task, arguments: dict[str, Any]) -> Tensor:
     x, a, b = (arguments[name] for name in ("x", "lora_a", "lora_b"))
     call = Arguments(x, None, a, b.t(), None, None, 1.0, task.case.dropout, 7)
     backend = load(BACKENDS[task.implementation])
-    mask: Tensor = backend._mask(call)
     if task.implementation == "torch":
-        return mask.bool()
+        kept: Tensor = backend._mask(call)
+        return kept.bool()
+    mask: Tensor = backend.draw_mask(call)
     features = torch.arange(x.shape[1], device=x.device)
     return (mask[:, features // 8] >> (features % 8)) & 1 != 0
 

@@ -106,6 +106,8 @@ def test_no_table_replaces_the_tiles_that_drop_features_of_x(folders, monkeypatc
         assert backend_triton.tiles_for(kernel, device, "half", ranks) == wide
         chosen = backend_triton.tiles_for(kernel, device, "half", ranks, "x")
         assert chosen == configurations.DROPPING[kernel, "sm_90", "half", "x"][ranks]
+        assert backend_triton.tiles_for(kernel, device, "half", ranks, "x", wide) == chosen
+        assert backend_triton.tiles_for(kernel, device, "half", ranks, "", ROWS[0].tiles) != wide
         cut = {
             (v.constants["T"], v.constants["F"], v.warps, v.stages)
             for v in compiled

@@ -52,16 +52,24 @@ PROGRAMS_PER_PROCESSOR = 2
 
 
 def tiles_for(
-    kernel: str, device: torch.device, arithmetic: str, padded: int, drop: str = ""
+    kernel: str,
+    device: torch.device,
+    arithmetic: str,
+    padded: int,
+    drop: str = "",
+    asked: Tiles | None = None,
 ) -> Tiles:
     """Return the tiles that were measured on the device, or those that were chosen by compiling.
 
-    Features are dropped from "x", or from "y", if any; some of that has tiles of its own.
+    Features are dropped from "x", or from "y", if any; some of that has tiles of its own, whatever
+    is asked for.
     """
     target, _ = _launch.target_of(device)
     fixed = DROPPING.get((kernel, target, arithmetic, drop), {}).get(padded)
     if fixed is not None:
         return fixed
+    if asked is not None:
+        return asked
     default = TILES[kernel, target, arithmetic][padded]
     if device.type != "cuda":
         return default
@@ -126,7 +134,7 @@ def apply(
     arithmetic = _launch.arithmetic_of(x_TF.dtype, target)
     mask = drop_x if drop_y is None else drop_y
     drop = "" if mask is None else "x" if drop_y is None else "y"
-    tiles = tiles or tiles_for("apply", x_TF.device, arithmetic, padded, drop)
+    tiles = tiles_for("apply", x_TF.device, arithmetic, padded, drop, tiles)
     x_TF, x_row = _launch.rows(x_TF)
     u_row, u_column, u_rows = _launch.strides(u_RF)
     v_row, v_column, v_rows = (0, 0, False) if v_RG is None else _launch.strides(v_RG)
@@ -198,7 +206,7 @@ def wgrad(
     target, processors = _launch.target_of(x_TF.device)
     arithmetic = _launch.arithmetic_of(x_TF.dtype, target)
     drop = "" if drop_x is None else "x"
-    tiles = tiles or tiles_for("wgrad", x_TF.device, arithmetic, padded, drop)
+    tiles = tiles_for("wgrad", x_TF.device, arithmetic, padded, drop, tiles)
     x_TF, x_row = _launch.rows(x_TF)
     # Enough programs for every processor, split the same way for the same shape on the same device.
     columns, blocks = -(-features // tiles.features), -(-tokens // tiles.tokens)
