@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 import fslora_kernels
 from fslora.data.tasks import Evaluation, Examples, Task
@@ -15,7 +16,7 @@ from fslora.protocol import ServerState
 from fslora.residual import applied
 from fslora.sketch import draw_sketches
 from fslora_kernels.sampling import sketch_size
-from fslora_kernels.seeds import fold_in
+from fslora_kernels.seeds import fold_in, uniform
 
 
 def evenly(examples: Examples, groups: Sequence[int], limit: int) -> tuple[Examples, list[int]]:
@@ -72,32 +73,71 @@ def evaluate_sketched(
     task: Task,
     examples: Examples,
     batch_size: int,
-    ratios: Sequence[float],
+    clients: Sequence[float],
 ) -> float:
     """Estimate the sketched loss, which is what clients of these ratios minimise.
 
-    Each batch sees a fresh sketch and the ratios take turns, so that it costs one pass.
+    Each ratio is judged on examples of its own: as large a share of all as it has of the clients,
+    evenly spread and another one in each round, a fresh sketch for each batch. The mean over the
+    clients of their ratio's loss is returned, so that all costs one pass.
+
+    Args:
+        model: the fused model.
+        state: what to evaluate.
+        task: the loss.
+        examples: the evaluation.
+        batch_size: examples at a time.
+        clients: the sketch ratio of every client.
 
     Source: arXiv 2501.19389, the objective f^S.
     """
     put_state(model, state.adapters, state.extras)
     modules = list(state.adapters)
     rank = state.adapters[modules[0]].rank
-    total, count = 0.0, 0
+    key = fold_in(state.key, "evaluation", state.round)
+    weighted, weights = 0.0, 0
     try:
-        for number, start in enumerate(range(0, len(examples), batch_size)):
-            key = fold_in(state.key, "evaluation", state.round, number)
-            size = sketch_size(rank, ratios[number % len(ratios)])
-            sketches = draw_sketches(key, modules, rank, size)
-            fslora_kernels.sketch(model, {name: s.index for name, s in sketches.items()})
-            rows = slice(start, start + batch_size)
-            batch = Examples({name: tensor[rows] for name, tensor in examples.tensors.items()})
-            result = task.evaluate(model, batch, batch_size)
-            total += result.loss * result.count
-            count += result.count
+        for ratio, rows in dealt(len(examples), clients, key).items():
+            size, total, count = sketch_size(rank, ratio), 0.0, 0
+            for number, own in enumerate(rows.split(batch_size)):
+                drawn = draw_sketches(fold_in(key, f"{ratio:g}", number), modules, rank, size)
+                fslora_kernels.sketch(model, {name: s.index for name, s in drawn.items()})
+                batch = Examples({name: tensor[own] for name, tensor in examples.tensors.items()})
+                result = task.evaluate(model, batch, batch_size)
+                total += result.loss * result.count
+                count += result.count
+            weight = clients.count(ratio)
+            weighted += weight * total / count
+            weights += weight
     finally:
         fslora_kernels.sketch(model, None)
-    return total / count
+    return weighted / weights
+
+
+def dealt(count: int, clients: Sequence[float], key: int) -> dict[float, Tensor]:
+    """Deal examples to ratios, each as many as its share of the clients, evenly spread.
+
+    Multiples of the golden ratio, modulo 1, are spread evenly, and so are those of any run of
+    them: each client's neighbouring examples meet every ratio in its share.
+
+    Args:
+        count: how many examples.
+        clients: the ratio of every client.
+        key: of where the multiples begin.
+
+    Returns:
+        Ratio to its examples, ascending; a ratio of too small a share for one is left out.
+    """
+    places = torch.arange(count, dtype=torch.float64)
+    order = ((places * (5**0.5 - 1) / 2 + uniform(key, "start")) % 1).argsort()
+    owners = torch.tensor(sorted(clients), dtype=torch.float64)
+    ratios = torch.empty(count, dtype=torch.float64)
+    ratios[order] = owners[((places + 0.5) * len(clients) / count).long()]
+    return {
+        ratio: rows
+        for ratio in sorted(set(clients))
+        if len(rows := (ratios == ratio).nonzero().flatten())
+    }
 
 
 def evaluate_by_ratio(

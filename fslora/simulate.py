@@ -174,7 +174,7 @@ def _evaluated(run: Run, state: ServerState, record: RoundRecord) -> RoundRecord
     minimised = run.config.strategy == "fslora" and run.config.forward == "sketched"
     if minimised and run.config.eval_sketched and run.config.sampler != "importance":
         sketched = evaluation.evaluate_sketched(
-            run.model, state, run.task, examples, size, run.config.ratio_values
+            run.model, state, run.task, examples, size, list(run.ratio_of.values())
         )
     for loss in (whole.loss, 0.0 if sketched is None else sketched):
         if not math.isfinite(loss):
