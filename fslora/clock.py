@@ -37,6 +37,7 @@ from fslora_kernels.nn.linear import SketchedForward
 from fslora_kernels.seeds import fold_in, uniform
 
 FAILED = "it failed in mid-round"
+CRASHED = "it crashed before it answered"
 
 StepFlops = Callable[[ClientTask], float]
 
@@ -91,6 +92,7 @@ class Clock:
         deadline: seconds after which a round takes no answer; 0 waits for everybody, and so does
             a task that does not travel.
         slow: probability that a client computes ``SLOWDOWN`` times as long.
+        crash: probability that it crashes and never answers.
     """
 
     seed: int
@@ -99,6 +101,7 @@ class Clock:
     per_round: int
     deadline: float = 0.0
     slow: float = 0.0
+    crash: float = 0.0
 
     def available(self, round_number: int, cohort: Sequence[str]) -> list[str]:
         """Return those of a cohort who take part when asked, in its order."""
@@ -117,7 +120,7 @@ class Clock:
         up = 8 * sum(upload_bytes(task)) / device.up_bits_per_second
         flops = rule.steps * rule.accumulation * self.step_flops(task)
         compute = flops / device.flops_per_second * lognormal(device.jitter, *key)
-        slowed = uniform(self.seed, "fault", "slow", task.round, task.client_id) < self.slow
+        slowed = self._struck("slow", self.slow, task)
         compute *= SLOWDOWN if slowed else 1
         rtt = 0.0 if task.private else device.rtt_seconds
         return Times(device.name, rtt + down + compute + up, down, compute, up, slowed)
@@ -136,6 +139,8 @@ class Clock:
             last = max(last, min(times[client].seconds, limit))
             if uniform(self.seed, "dropout", task.round, client) < device.dropout:
                 unused[client] = FAILED
+            elif self._struck("crash", self.crash, task):
+                unused[client] = CRASHED
             elif times[client].seconds > limit:
                 unused[client] = f"it missed the deadline of {self.deadline:g} s"
         in_time = [client for client in times if client not in unused]
@@ -145,6 +150,9 @@ class Clock:
         if len(in_time) >= self.per_round:
             last = times[in_time[self.per_round - 1]].seconds
         return Plan(times, unused, frozenset(wasted), last)
+
+    def _struck(self, fault: str, share: float, task: ClientTask) -> bool:
+        return uniform(self.seed, "fault", fault, task.round, task.client_id) < share
 
 
 def lognormal(sigma: float, seed: int, *path: int | str) -> float:

@@ -245,4 +245,5 @@ def make_clock(run: Run, trainer: LocalTrainer) -> Clock | None:
         per_round=config.per_round,
         deadline=config.deadline,
         slow=config.fault_values.slow,
+        crash=config.fault_values.crash,
     )

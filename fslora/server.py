@@ -11,7 +11,7 @@ import numpy as np
 
 from fslora.aggregation import in_task_order
 from fslora.client import download_bytes, head_bytes, upload_bytes
-from fslora.clock import FAILED, Clock, Plan, Times
+from fslora.clock import CRASHED, FAILED, Clock, Plan, Times
 from fslora.errors import StoppedRunError
 from fslora.faults import SLOWDOWN
 from fslora.protocol import ClientFn, ClientTask, ClientUpdate, Engine, ServerState, Strategy
@@ -19,7 +19,7 @@ from fslora.trust import Limits
 from fslora.validate import NO_LIMITS, counted, quarantined, rejection
 from fslora_kernels.seeds import fold_in
 
-_ABSENT = ("it was not available", FAILED)
+_ABSENT = ("it was not available", FAILED, CRASHED)
 
 
 # Rounds in a row that may be lost to bad luck before a run stops and says why.

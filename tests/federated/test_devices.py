@@ -14,6 +14,8 @@ from fslora.clock import Clock, Plan, lognormal, step_counter, uniform
 from fslora.config import SimulateConfig, Target
 from fslora.devices import Device
 from fslora.engines import sequential
+from fslora.faults import Faults
+from fslora.guard import Guarded
 from fslora.protocol import POOLED, ClientTask, LocalRule, LoRAWeights
 from fslora.report.plots import draw_time
 from fslora.report.records import read_run
@@ -151,6 +153,21 @@ def test_over_selection_takes_the_fastest(tiny_llama):
         assert wasted.rejected == "the first 2 answers were in before it"
         assert wasted.bytes_up == wasted.bytes_down > 0, "wasted work is charged"
     assert record.bytes_up == sum(entry.bytes_up for entry in record.clients)
+
+
+def test_who_will_crash_is_not_among_the_first_answers(tiny_llama):
+    """It is known to the plan as a device's failure is; honest work is not thrown away for it."""
+    _, strategy, state, client = world(tiny_llama, (1 / 8, 1 / 4, 1 / 2, 1.0))
+    timed = clock(dict(zip(CLIENTS, (1.0, 2.0, 3.0, 4.0), strict=True)), per_round=2)
+    drawn = {c: uniform(0, "fault", "crash", 1, c) for c in CLIENTS}
+    assert min(drawn, key=drawn.get) == "one"
+    share = drawn["one"] + 1e-9
+    timed, faulty = replace(timed, crash=share), Guarded(client, 0, Faults(crash=share))
+    _, record = run_round(state, strategy, sequential, faulty, CLIENTS, clock=timed)
+    reasons = {entry.id: entry.rejected for entry in record.clients}
+    assert reasons["one"] == "it crashed before it answered"
+    assert reasons["two"] is reasons["three"] is None
+    assert record.sim_seconds == pytest.approx(3.0), "nobody waits for an answer that never comes"
 
 
 def test_unavailable_clients_are_not_asked(tiny_llama):
