@@ -64,10 +64,12 @@ def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str
 def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
     run = prepare(config)
     start = perf_counter()
+    split = fingerprints(run.data)
+    _check_split(run, split)
     with disk.explained_errors(run.folder, checkpoint.newest_round(run.folder)):
         settings = replace(config, resume=False).to_json()
         disk.write_json(run.folder / "config.json", settings)
-        state = _first_state(run)
+        state = _first_state(run, split)
     watcher.on_start(state.round)
     trainer = LocalTrainer(run.model, run.task, examples_of(run))
     steps = rounds(
@@ -100,7 +102,7 @@ def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
     device = str(next(run.model.parameters()).device)
     seconds = perf_counter() - start
     summary = summarise(config, state, run.ratio_of_id, records, seconds, device)
-    summary["split"] = fingerprints(run.data)
+    summary["split"] = split
     with disk.explained_errors(run.folder, checkpoint.of_round(state.round)):
         disk.write_json(run.folder / "summary.json", summary)
     return summary
@@ -140,7 +142,20 @@ def _write_adapter(run: Run, state: ServerState) -> None:
             )
 
 
-def _first_state(run: Run) -> ServerState:
+def _check_split(run: Run, split: dict[str, str]) -> None:
+    """Refuse to go on with other data; runs from before this was recorded go on unchecked."""
+    records = checkpoint.read_records(run.folder) if checkpoint.has_state(run.folder) else []
+    before = records[0].get("split", split) if records else split
+    changed = [part for part in split if before[part] != split[part]]
+    if changed:
+        raise ValueError(
+            f"the run in {run.folder} was started with other data ({' and '.join(changed)}): put "
+            "the files of --data, --eval-data and --model back, or start a new run with another "
+            "--out"
+        )
+
+
+def _first_state(run: Run, split: dict[str, str]) -> ServerState:
     """The state to begin with: from the checkpoint, or fresh and evaluated once."""
     if run.config.resume and (saved := checkpoint.resume(run.folder)) is not None:
         return saved
@@ -148,7 +163,8 @@ def _first_state(run: Run) -> ServerState:
     checkpoint.cut_records(run.folder, -1)
     beginning = 0.0 if run.config.devices else None
     bare = RoundRecord(round=0, sim_seconds=beginning, sim_seconds_total=beginning)
-    checkpoint.append_record(run.folder, _evaluated(run, state, bare).to_json())
+    record = _evaluated(run, state, bare).to_json() | {"split": split}
+    checkpoint.append_record(run.folder, record)
     checkpoint.save_state(run.folder, state)
     return state
 

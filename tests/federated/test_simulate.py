@@ -160,6 +160,24 @@ def test_a_folder_is_never_overwritten_nor_continued_otherwise(settings):
     assert outcome(config.out) == before
 
 
+def test_a_run_does_not_go_on_with_other_data(settings, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    lines = Path(settings["data"]).read_text().splitlines(keepends=True)
+    texts.write_text("".join(lines))
+    config = SimulateConfig(**{**settings, "data": str(texts)})
+    simulate(config)
+    before = outcome(config.out)
+    texts.write_text("".join(lines[:40] + lines[50:] + lines[40:50]).replace("author 2", "Ann"))
+    with pytest.raises(ValueError, match=r"other data \(clients and evaluation\): put the files"):
+        simulate(replace(config, resume=True, rounds=3))
+    assert outcome(config.out) == before
+    assert json.loads((Path(config.out) / "config.json").read_text())["rounds"] == 2
+    records_file = Path(config.out) / checkpoint.RECORDS_FILE
+    old = records_file.read_text().replace('"split"', '"of an older version"')
+    records_file.write_text(old)
+    simulate(replace(config, resume=True, rounds=3))
+
+
 def test_a_hopeless_round_stops_the_run_and_keeps_what_was_done(settings):
     config = SimulateConfig(**{**settings, "rounds": 3})
     calls = []
