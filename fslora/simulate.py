@@ -25,6 +25,10 @@ from fslora.settings import continued, merged, read_settings
 from fslora.summary import summarise
 
 
+# What an extended run would contradict.
+_OF_THE_END = ("summary.json", "report.html")
+
+
 @dataclass(frozen=True, slots=True)
 class Watcher:
     """What wants to know how a run goes.
@@ -67,6 +71,9 @@ def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
     split = fingerprints(run.data)
     _check_split(run, split)
     with disk.explained_errors(run.folder, checkpoint.newest_round(run.folder)):
+        if checkpoint.rounds_done(run.folder) < config.rounds:
+            for name in _OF_THE_END:
+                (run.folder / name).unlink(missing_ok=True)
         settings = replace(config, resume=False).to_json()
         disk.write_json(run.folder / "config.json", settings)
         state = _first_state(run, split)

@@ -145,6 +145,27 @@ def test_more_rounds_can_be_added(settings, tmp_path):
     assert outcome(config.out)[1] == outcome(tmp_path / "whole")[1]
 
 
+def test_an_extended_run_that_is_stopped_has_no_summary_of_its_earlier_end(settings):
+    config = SimulateConfig(**settings)
+    simulate(config)
+    folder = Path(config.out)
+    (folder / "report.html").write_text("of two rounds")
+    simulate(replace(config, resume=True))
+    assert (folder / "report.html").read_text() == "of two rounds", "nothing was added"
+
+    class StopError(Exception):
+        pass
+
+    def stop(_):
+        raise StopError
+
+    with pytest.raises(StopError):
+        simulate(replace(config, resume=True, rounds=9), Watcher(on_round=stop))
+    assert checkpoint.rounds_done(folder) == 3
+    assert not (folder / "summary.json").exists()
+    assert not (folder / "report.html").exists()
+
+
 def test_a_folder_is_never_overwritten_nor_continued_otherwise(settings):
     config = SimulateConfig(**settings)
     with pytest.raises(ValueError, match="no run to resume"):
