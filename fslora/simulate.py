@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from fslora import checkpoint, disk, evaluation
@@ -23,7 +22,6 @@ from fslora.protocol import ServerState
 from fslora.server import ClientRecord, DivergedError, RoundRecord, rounds
 from fslora.settings import continued, merged, read_settings
 from fslora.summary import summarise
-
 
 # What an extended run would contradict.
 _OF_THE_END = ("summary.json", "report.html")
@@ -67,7 +65,6 @@ def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str
 
 def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
     run = prepare(config)
-    start = perf_counter()
     split = fingerprints(run.data)
     _check_split(run, split)
     with disk.explained_errors(run.folder, checkpoint.newest_round(run.folder)):
@@ -106,9 +103,7 @@ def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
         raise
     _write_adapter(run, state)
     records = checkpoint.read_records(run.folder)
-    device = str(next(run.model.parameters()).device)
-    seconds = perf_counter() - start
-    summary = summarise(config, state, run.ratio_of_id, records, seconds, device)
+    summary = summarise(config, state, run.ratio_of_id, records, run.model)
     summary["split"] = split
     with disk.explained_errors(run.folder, checkpoint.of_round(state.round)):
         disk.write_json(run.folder / "summary.json", summary)

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from fslora.client import payload_bytes
 from fslora.config import SimulateConfig, Target
+from fslora.models import take_state
 from fslora.protocol import ServerState
+from fslora_kernels._dispatch import unavailable
 from fslora_kernels.sampling import sketch_size
 
 Record = dict[str, Any]
@@ -23,25 +26,28 @@ def summarise(
     state: ServerState,
     ratio_of: Mapping[str, float],
     records: Sequence[Record],
-    wall_seconds: float,
-    device: str,
+    model: PeftModel,
 ) -> Record:
     """Sum a run up, its bytes against those of FedAvg-LoRA at full rank in the same rounds.
+
+    FedAvg-LoRA trains every layer that has an adapter, with as many clients: for centralised
+    training ``per_round`` of them in place of the one.
 
     Args:
         config: the run's settings.
         state: after the last round.
         ratio_of: client id to sketch ratio, whatever share of the ranks its strategy gives it.
         records: lines of ``rounds.jsonl``, round 0 first.
-        wall_seconds: of this process, loading not included.
-        device: where it ran.
+        model: the fused model, where it ran.
 
     Returns:
         What ``summary.json`` holds.
     """
-    full = sum(payload_bytes(state.adapters, state.extras))
+    full = sum(payload_bytes(*take_state(model)))
+    device = next(model.parameters()).device
     before, after = records[0], records[-1]
     entries = [entry for record in records for entry in record["clients"]]
+    stands_for = config.per_round if config.strategy == "centralised" else 1
     classes = []
     for ratio in sorted(set(ratio_of.values())):
         own = [entry for entry in entries if ratio_of.get(entry["id"]) == ratio]
@@ -65,18 +71,18 @@ def summarise(
         **{f"eval_{what}_before": before[f"eval_{what}"] for what in ("loss", "metric")},
         **{f"eval_{what}_after": after[f"eval_{what}"] for what in ("loss", "metric")},
         **{way: sum(record[way] for record in records) for way in ("bytes_up", "bytes_down")},
-        "full_rank_bytes_up": full * sum(map(_answered, entries)),
-        "full_rank_bytes_down": full * len(entries),
+        "full_rank_bytes_up": full * stands_for * sum(map(_answered, entries)),
+        "full_rank_bytes_down": full * stands_for * len(entries),
         "sim_seconds": after.get("sim_seconds_total"),
         "epsilon": after.get("epsilon"),
         "delta": config.dp_delta,
         "devices": device_classes(entries),
         "targets": [cost_of(target, records) for target in config.target_values],
-        "wall_seconds": wall_seconds,
+        "wall_seconds": sum(record["wall_seconds"] for record in records),
         "modules": len(state.adapters),
         "parameters": sum(t.numel() for pair in state.adapters.values() for t in pair),
-        "implementation": config.implementation,
-        "device": device,
+        "implementation": _implementation(config.implementation, device),
+        "device": str(device),
         "versions": {"torch": torch.__version__},
     }
 
@@ -87,6 +93,13 @@ def _ranks(rank: int, ratio: float, entries: Sequence[Record]) -> int:
         return sketch_size(rank, ratio)
     most: float = max(entry["ratio"] for entry in entries)
     return round(rank * most)
+
+
+def _implementation(asked: str, device: torch.device) -> str:
+    """What "auto" takes on a device, but for calls that do not suit it."""
+    if asked != "auto":
+        return asked
+    return "torch" if unavailable("triton", device.type) else "triton"
 
 
 def _answered(entry: Record) -> bool:

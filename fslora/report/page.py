@@ -114,8 +114,8 @@ def _headline(run: Run) -> str:
     seconds = sum(record["wall_seconds"] for record in run.rounds)
     device = _setting(run, "device")
     if run.summary is not None:
-        seconds, device = run.summary["wall_seconds"], run.summary.get("device", device)
-    tiles.append(("time", format_seconds(seconds), f"on {device}"))
+        device = run.summary.get("device", device)
+    tiles.append(("time", format_seconds(seconds), f"on {device}, evaluations not included"))
     items = "\n".join(
         f"<div><dt>{escape(name)}</dt><dd><b>{escape(value)}</b> {escape(unit)}</dd></div>"
         for name, value, unit in tiles

@@ -65,6 +65,28 @@ def test_a_run_leaves_what_the_readme_says(settings):
         if row["participations"]:
             assert row["share_of_full_rank"] == row["ratio"]
     assert summary["bytes_up"] == sum(row["bytes_up"] for row in summary["classes"])
+    assert summary["implementation"] == "torch", "what auto takes on a CPU"
+    seconds = sum(row["wall_seconds"] for row in checkpoint.read_records(folder))
+    again = simulate(replace(config, resume=True))
+    assert again["wall_seconds"] == summary["wall_seconds"] == seconds > 0
+
+
+@pytest.mark.filterwarnings("ignore:--depth top")
+def test_full_rank_is_every_layer_and_as_many_clients(settings, tmp_path):
+    summaries = [
+        simulate(SimulateConfig(**{**settings, **changes, "rounds": 1, "out": str(tmp_path / out)}))
+        for out, changes in {
+            "fedit": {"strategy": "fedit"},
+            "top": {"depth": "top:1"},
+            "centralised": {"strategy": "centralised"},
+        }.items()
+    ]
+    full = [row["full_rank_bytes_up"] + row["full_rank_bytes_down"] for row in summaries]
+    assert full[0] == full[1] == full[2] == summaries[0]["bytes_up"] + summaries[0]["bytes_down"]
+    asked = [row for row in summaries[1]["classes"] if row["participations"]]
+    assert asked
+    for row in asked:
+        assert row["share_of_full_rank"] == pytest.approx(row["ratio"] / 2), "one layer of two"
 
 
 def test_the_adapter_is_the_global_state_in_peft_format(settings):
