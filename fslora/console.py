@@ -23,6 +23,8 @@ from fslora.report.units import format_seconds
 from fslora.server import ClientRecord, RoundRecord
 from fslora.simulate import Watcher
 
+_NARROW = 60  # columns, below which the table's would be empty
+
 
 @contextmanager
 def progress(config: SimulateConfig, console: Console) -> Iterator[Watcher]:
@@ -73,36 +75,46 @@ def progress(config: SimulateConfig, console: Console) -> Iterator[Watcher]:
 
 def closing_table(summary: dict[str, Any], console: Console) -> None:
     """Print one line for each capacity class and one for all."""
-    table = Table(title="What each capacity class paid, and what it got", title_justify="left")
-    for head in ("ratio", "S", "clients", "up", "down", "of full rank", "loss"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for row in summary["classes"]:
-        share = row["share_of_full_rank"]
-        table.add_row(
+    rows = [
+        (
             f"{row['ratio']:g}",
             str(row["sketch_size"]),
             str(row["clients"]),
             format_bytes(row["bytes_up"]),
             format_bytes(row["bytes_down"]),
-            "–" if share is None else f"{share:.1%}",
+            _share(row["share_of_full_rank"]),
             _change(row["loss_before"], row["loss_after"]),
         )
+        for row in summary["classes"]
+    ]
     moved = summary["bytes_up"] + summary["bytes_down"]
     full = summary["full_rank_bytes_up"] + summary["full_rank_bytes_down"]
-    table.add_section()
-    table.add_row(
+    every = (
         "all",
         "",
         str(sum(row["clients"] for row in summary["classes"])),
         format_bytes(summary["bytes_up"]),
         format_bytes(summary["bytes_down"]),
-        f"{moved / full:.1%}" if full else "–",
+        _share(moved / full if full else None),
         _change(summary["eval_loss_before"], summary["eval_loss_after"]),
     )
-    console.print(table)
+    if console.width < _NARROW:
+        for ratio, _, clients, up, down, share, loss in [*rows, every]:
+            of_full = "" if share == "–" else f", {share} of full rank"
+            console.print(f"ratio {ratio}: {clients} clients, {up} up, {down} down{of_full}")
+            console.print(f"  loss {loss}")
+    else:
+        table = Table(title="What each capacity class paid, and what it got", title_justify="left")
+        for head in ("ratio", "S", "clients", "up", "down", "of full rank", "loss"):
+            table.add_column(head, justify="right", no_wrap=True)
+        for line in rows:
+            table.add_row(*line)
+        table.add_section()
+        table.add_row(*every)
+        console.print(table)
     if summary["eval_metric_after"] is not None:
         change = _change(summary["eval_metric_before"], summary["eval_metric_after"])
-        console.print(f"score: {change}")
+        console.print(f"{summary['score']}: {change}")
     if summary["sim_seconds"] is not None:
         console.print(f"simulated time: {format_seconds(summary['sim_seconds'])}")
     if summary["epsilon"] is not None:
@@ -125,11 +137,17 @@ def _target_line(row: dict[str, Any]) -> str:
 def closing_lines(folder: Path, report: Path | None, console: Console) -> None:
     """Say where the adapter and the report lie."""
     if (adapter := folder / "adapter").is_dir():
-        console.print(f"adapter: {adapter} (load it with peft.PeftModel.from_pretrained)")
+        console.print(
+            f"adapter: {adapter} (load it with peft.PeftModel.from_pretrained)", markup=False
+        )
     else:
         console.print("adapter: none, every client has a model of its own")
     if report is not None:
-        console.print(f"report:  {report}")
+        console.print(f"report:  {report}", markup=False)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
 
 
 def _change(before: float | None, after: float | None) -> str:

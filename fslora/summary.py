@@ -12,6 +12,7 @@ from fslora.client import payload_bytes
 from fslora.config import SimulateConfig, Target
 from fslora.models import take_state
 from fslora.protocol import ServerState
+from fslora.report.units import score_name
 from fslora_kernels._dispatch import unavailable
 from fslora_kernels.sampling import sketch_size
 
@@ -70,6 +71,7 @@ def summarise(
         "classes": classes,
         **{f"eval_{what}_before": before[f"eval_{what}"] for what in ("loss", "metric")},
         **{f"eval_{what}_after": after[f"eval_{what}"] for what in ("loss", "metric")},
+        "score": score_name(config.task, config.metric),
         **{way: sum(record[way] for record in records) for way in ("bytes_up", "bytes_down")},
         "full_rank_bytes_up": full * stands_for * sum(map(_answered, entries)),
         "full_rank_bytes_down": full * stands_for * len(entries),

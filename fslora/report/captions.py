@@ -31,7 +31,7 @@ def _loss_caption(run: Run) -> str:
     text = f"The whole adapter's evaluation loss {_moved(losses[0], losses[-1])}"
     metric = run.series("eval_metric")[1]
     if metric:
-        text += f" and its {run.config.get('metric')} {_moved(metric[0], metric[-1])}"
+        text += f" and its {run.score} {_moved(metric[0], metric[-1])}"
     text += f" in {run.rounds_done} round{'s' * (run.rounds_done != 1)}"
     if run.series("eval_loss_sketched")[1]:
         text += "; dashed, the same adapter seen through the clients' sketches"

@@ -13,6 +13,35 @@ from fslora.report.style import CSS
 from fslora.report.units import format_bytes, format_ratio, format_seconds, short_name
 
 ABSENT = "–"
+NAMES = {
+    "fslora": "FSLoRA",
+    "fedit": "FedIT",
+    "fedit-min": "FedIT at the least rank",
+    "fedit-max": "FedIT at the highest rank",
+    "hetlora": "HetLoRA",
+    "flexlora": "FlexLoRA",
+    "flora": "FLoRA",
+    "ffa-lora": "FFA-LoRA",
+    "rolora": "RoLoRA",
+    "fedex-lora": "FedEx-LoRA",
+    "fed-plora": "Fed-PLoRA",
+    "zero-shot": "Zero-shot",
+    "head-only": "Head only",
+    "centralised": "Centralised training",
+    "local-only": "Local training",
+}
+_FEDERATED = "{who} trained one LoRA adapter of rank {rank} for {model} on {data} {steps}."
+_CUT = f"{_FEDERATED[:-1]}, each client {{shares}} of the ranks."
+_SENTENCES = {
+    "fslora": f"{_FEDERATED[:-1]}, each client a sketch of {{shares}} of the ranks.",
+    **dict.fromkeys(("hetlora", "flexlora", "flora", "fed-plora"), _CUT),
+    "zero-shot": "{model} as it came, judged on {data}: nobody trained.",
+    "head-only": "{who} trained the head of {model} alone on {data} {steps}.",
+    "centralised": "One LoRA adapter of rank {rank} for {model} was trained on all of {data} in "
+    "one place, {steps} for each of {per_round} clients a round.",
+    "local-only": "{who} each trained a LoRA adapter of its own for {model} on {data} {steps}, "
+    "with {shares} of {rank} ranks.",
+}
 
 
 def render_page(run: Run, pictures: dict[str, bytes]) -> str:
@@ -22,7 +51,8 @@ def render_page(run: Run, pictures: dict[str, bytes]) -> str:
         run: what the run folder says.
         pictures: PNG files by name, as `plots.draw_all` gives them; they are embedded.
     """
-    title = escape(f"FSLoRA: {_source(run, 'model')} on {_source(run, 'data')}")
+    name = NAMES.get(_strategy(run), _strategy(run))
+    title = escape(f"{name}: {_source(run, 'model')} on {_source(run, 'data')}")
     sections = [
         f"<h1>{title}</h1>",
         f"<p>{escape(_sentence(run))}</p>",
@@ -79,17 +109,23 @@ def _plain(item: object) -> str:
     return str(item)
 
 
+def _strategy(run: Run) -> str:
+    return str(run.config.get("strategy", "fslora"))
+
+
 def _sentence(run: Run) -> str:
     shares = [format_ratio(record["ratio"]) for record in run.classes]
-    ratios = " or ".join("all" if share == "1" else share for share in shares)
     done, asked = run.rounds_done, run.config.get("rounds", run.rounds_done)
     rounds = (f"{done}" if done == asked else f"{done} of {asked}") + " round" + "s" * (asked != 1)
-    return (
-        f"{_setting(run, 'clients')} clients, {_setting(run, 'per_round')} a round, trained one "
-        f"LoRA adapter of rank {_setting(run, 'rank')} for {_source(run, 'model')} on "
-        f"{_source(run, 'data')} ({_setting(run, 'task')}, partition "
-        f"{_setting(run, 'partition')}) in {rounds} of {_setting(run, 'local_steps')} local steps, "
-        f"each client a sketch of {ratios or 'some'} of the ranks."
+    return _SENTENCES.get(_strategy(run), _FEDERATED).format(
+        who=f"{_setting(run, 'clients')} clients, {_setting(run, 'per_round')} a round,",
+        per_round=_setting(run, "per_round"),
+        rank=_setting(run, "rank"),
+        model=_source(run, "model"),
+        data=f"{_source(run, 'data')} ({_setting(run, 'task')}, partition "
+        f"{_setting(run, 'partition')})",
+        steps=f"in {rounds} of {_setting(run, 'local_steps')} local steps",
+        shares=" or ".join("all" if share == "1" else share for share in shares) or "some",
     )
 
 
@@ -98,7 +134,7 @@ def _headline(run: Run) -> str:
     if loss := run.before_after("eval_loss"):
         tiles.append(("evaluation loss, full rank", _arrow(*loss), "nats, before → after"))
     if metric := run.before_after("eval_metric"):
-        tiles.append((_setting(run, "metric"), _arrow(*metric), "before → after"))
+        tiles.append((run.score, _arrow(*metric), "before → after"))
     moved = format_bytes(run.bytes_moved)
     if run.full_rank_bytes:
         share = run.bytes_moved / run.full_rank_bytes

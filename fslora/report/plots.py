@@ -103,10 +103,9 @@ def draw_loss(run: Run) -> "Figure | None":
     panels[0].set_ylabel("loss (nats)")
     _label_ends(panels[0], [(losses[key][1][-1], name, colour) for key, name, colour, _ in lines])
     if metric:
-        name = str(run.config.get("metric") or "metric")
         _line(panels[1], metric_rounds, metric, FULL_RANK, "-")
-        panels[1].set_ylabel(name)
-        _label_ends(panels[1], [(metric[-1], f"{name},\nfull rank", FULL_RANK)])
+        panels[1].set_ylabel(run.score)
+        _label_ends(panels[1], [(metric[-1], "full rank", FULL_RANK)])
     panels[-1].set_xlabel("round")
     panels[-1].set_xlim(0, max(run.rounds_done, 1))
     panels[-1].xaxis.set_major_locator(whole_numbers())
@@ -151,7 +150,7 @@ def draw_time(run: Run) -> "Figure | None":
         return None
     size, unit = time_unit(points[-1][0])
     metric = figure_name == "eval_metric"
-    name = str(run.config.get("metric") or "metric") if metric else "evaluation loss"
+    name = run.score if metric else "evaluation loss"
     figure = empty_figure(3.4)
     axes = figure.subplots()
     _line(axes, [at / size for at, _ in points], [value for _, value in points], FULL_RANK, "-")

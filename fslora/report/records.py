@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fslora.report.units import score_name
+
 Record = dict[str, Any]
 
 
@@ -34,6 +36,12 @@ class Run:
     def judged_by(self) -> str:
         """The recorded figure that says how good the adapter is: the metric where there is one."""
         return "eval_metric" if self.series("eval_metric")[0] else "eval_loss"
+
+    @property
+    def score(self) -> str:
+        """The name of the metric."""
+        task, metric = (str(self.config.get(key) or "metric") for key in ("task", "metric"))
+        return score_name(task, metric)
 
     @property
     def bytes_moved(self) -> int:

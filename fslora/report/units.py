@@ -30,7 +30,9 @@ def time_unit(seconds: float) -> tuple[float, str]:
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds as "4.2 s", "3 min 20 s" or "2 h 5 min"."""
+    """Seconds as "31.5 ms", "4.2 s", "3 min 20 s" or "2 h 5 min"."""
+    if 0 < seconds < 0.1:
+        return f"{1000 * seconds:.3g} ms"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -49,3 +51,14 @@ def short_name(name: str) -> str:
     """A model's or data set's name in a sentence: of an absolute path the last two parts."""
     path = PurePath(name)
     return "/".join(path.parts[-2:]) if path.is_absolute() else name
+
+
+def score_name(task: str, metric: str) -> str:
+    """What a task is scored by; only a classification is by the metric that was asked for.
+
+    Args:
+        task: as `--task`.
+        metric: as `--metric`.
+    """
+    own = {"causal-lm": "next-token accuracy", "instruction": "accuracy of the likeliest answer"}
+    return own.get(task, metric)

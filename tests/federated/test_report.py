@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fslora.report import format_bytes, write_report
+from fslora.report import write_report
 from fslora.report.page import render_page
 from fslora.report.plots import STYLE, draw_all, draw_bytes, draw_classes, draw_coverage, draw_loss
 from fslora.report.records import read_run
-from fslora.report.units import format_ratio, format_seconds, short_name
 
 EVIL = "<script>alert(1)</script>"
 FULL = 512_000  # bytes that a full-rank client moves each way in a round
@@ -156,16 +155,18 @@ def test_headline_settings_and_captions(finished):
         "2 clients, 2 a round, trained one LoRA adapter of rank 16 for stories260K on plays.txt",
         "in 3 rounds of 7 local steps, each client a sketch of 1/8 or 1/2 of the ranks.",
         "evaluation loss, full rank 4.000 → 3.250 nats",
-        "accuracy 0.500 → 0.800",
+        "next-token accuracy 0.500 → 0.800",
         "share of full-rank bytes 31.3% 1.9 MB instead of 6.1 MB",
         "time 1 min 20 s on cpu",
-        "evaluation loss fell from 4.000 to 3.250 and its accuracy rose from 0.500 to 0.800",
+        "evaluation loss fell from 4.000 to 3.250",
+        "and its next-token accuracy rose from 0.500 to 0.800",
         "it moves, up and down together, 128.0 kB with ratio 1/8 to 512.0 kB with ratio 1/2.",
         "the rarest by 25.0% and the commonest by 40.0% of the clients' modules",
         'AutoPeftModelForCausalLM.from_pretrained("adapter")',
     ):
         assert text in page.text
     assert "Rejected" not in page.text
+    assert page.text.startswith("FSLoRA: stories260K on plays.txt")
     settings = dict(page.tables[-1][1:])
     assert settings["target_modules"] == "q_proj, v_proj"
     assert settings["preset"] == "none"
@@ -384,21 +385,3 @@ def test_no_text_overlaps_or_is_cut(tmp_path, case):
                 inside = figure.bbox.padded(1)
                 assert inside.x0 <= box.x0 < box.x1 <= inside.x1, label.get_text()
                 assert inside.y0 <= box.y0 < box.y1 <= inside.y1, label.get_text()
-
-
-def test_format_bytes():
-    texts = {0: "0 B", 999: "999 B", 1000: "1.0 kB", 1_234_567: "1.2 MB", 12_345_678_901: "12.3 GB"}
-    texts |= {999_949: "999.9 kB", 999_950: "1.0 MB"}
-    assert {n: format_bytes(n) for n in texts} == texts
-
-
-def test_a_local_path_is_named_shortly_and_a_hub_name_whole():
-    assert short_name("/data/models/stories260K-hf") == "models/stories260K-hf"
-    assert short_name("org/name") == "org/name"
-
-
-def test_format_seconds_and_ratios():
-    seconds = [format_seconds(s) for s in (4.21, 59.96, 3599.4, 7512)]
-    assert seconds == ["4.2 s", "1 min 0 s", "59 min 59 s", "2 h 5 min"]
-    ratios = [format_ratio(r) for r in (0.125, 1.0, 0.3, 1 / 3, 0.3141)]
-    assert ratios == ["1/8", "1", "3/10", "1/3", "0.314"]
