@@ -203,7 +203,7 @@ def measure(cell: Cell, folder: Path) -> Cell:
         runs.append(prepare.prepare(config))
         return runs[0]
 
-    def on_start(_: int) -> None:
+    def on_start(*_: int) -> None:
         nonlocal start_s, last
         start_s = clock.spent[START] - clock.spent[MODEL]
         clock.spent.clear()

@@ -44,10 +44,16 @@ def progress(config: SimulateConfig, console: Console) -> Iterator[Watcher]:
     bar = bars.add_task("", total=total, round=1, loss="–", eval="–", bytes="0 B")
     loading = console.status("reading the data, loading the model")
 
-    def on_start(done: int) -> None:
+    def on_judging() -> None:
+        loading.update("judging the model before training")
+
+    def on_start(done: int, moved_before: int) -> None:
+        nonlocal moved
         loading.stop()
         bars.start()
-        bars.update(bar, completed=done * config.cohort_size, round=done + 1)
+        moved = moved_before
+        done_clients, following = done * config.cohort_size, min(done + 1, config.rounds)
+        bars.update(bar, completed=done_clients, round=following, bytes=format_bytes(moved))
 
     def on_client(record: ClientRecord) -> None:
         nonlocal moved
@@ -67,7 +73,7 @@ def progress(config: SimulateConfig, console: Console) -> Iterator[Watcher]:
 
     loading.start()
     try:
-        yield Watcher(on_start, on_client, on_round)
+        yield Watcher(on_start, on_client, on_round, on_judging)
     finally:
         loading.stop()
         bars.stop()

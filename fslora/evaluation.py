@@ -99,7 +99,8 @@ def evaluate_sketched(
     try:
         for ratio, rows in dealt(len(examples), clients, key).items():
             size, total, count = sketch_size(rank, ratio), 0.0, 0
-            for number, own in enumerate(rows.split(batch_size)):
+            for number, start in enumerate(range(0, len(rows), batch_size)):
+                own = rows[start : start + batch_size]
                 drawn = draw_sketches(fold_in(key, f"{ratio:g}", number), modules, rank, size)
                 fslora_kernels.sketch(model, {name: s.index for name, s in drawn.items()})
                 batch = Examples({name: tensor[own] for name, tensor in examples.tensors.items()})

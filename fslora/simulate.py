@@ -32,14 +32,16 @@ class Watcher:
     """What wants to know how a run goes.
 
     Attributes:
-        on_start: called once, with the rounds already done.
+        on_start: called once, with the rounds already done and the bytes that they moved.
         on_client: called after each client.
         on_round: called after each round, with its record.
+        on_judging: called before a new run's model is judged, data and model being there.
     """
 
-    on_start: Callable[[int], None] = lambda _: None
+    on_start: Callable[[int, int], None] = lambda *_: None
     on_client: Callable[[ClientRecord], None] = lambda _: None
     on_round: Callable[[RoundRecord], None] = lambda _: None
+    on_judging: Callable[[], None] = lambda: None
 
 
 def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str, Any]:
@@ -73,8 +75,9 @@ def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
                 (run.folder / name).unlink(missing_ok=True)
         settings = replace(config, resume=False).to_json()
         disk.write_json(run.folder / "config.json", settings)
-        state = _first_state(run, split)
-    watcher.on_start(state.round)
+        state = _first_state(run, split, watcher.on_judging)
+    records = checkpoint.read_records(run.folder)
+    watcher.on_start(state.round, sum(row["bytes_up"] + row["bytes_down"] for row in records))
     trainer = LocalTrainer(run.model, run.task, examples_of(run))
     steps = rounds(
         state,
@@ -87,7 +90,7 @@ def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
         on_client=watcher.on_client,
         clock=make_clock(run, trainer),
         limits=limits_of(run),
-        sim_seconds=checkpoint.read_records(run.folder)[-1].get("sim_seconds_total") or 0.0,
+        sim_seconds=records[-1].get("sim_seconds_total") or 0.0,
     )
     try:
         for new_state, bare in steps:
@@ -157,7 +160,7 @@ def _check_split(run: Run, split: dict[str, str]) -> None:
         )
 
 
-def _first_state(run: Run, split: dict[str, str]) -> ServerState:
+def _first_state(run: Run, split: dict[str, str], on_judging: Callable[[], None]) -> ServerState:
     """The state to begin with: from the checkpoint, or fresh and evaluated once."""
     if run.config.resume and (saved := checkpoint.resume(run.folder)) is not None:
         return saved
@@ -165,6 +168,7 @@ def _first_state(run: Run, split: dict[str, str]) -> ServerState:
     checkpoint.cut_records(run.folder, -1)
     beginning = 0.0 if run.config.devices else None
     bare = RoundRecord(round=0, sim_seconds=beginning, sim_seconds_total=beginning)
+    on_judging()
     record = _evaluated(run, state, bare).to_json() | {"split": split}
     checkpoint.append_record(run.folder, record)
     checkpoint.save_state(run.folder, state)

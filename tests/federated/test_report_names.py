@@ -1,11 +1,13 @@
 """What a report and the terminal call things: the strategy, the score."""
 
 import io
+import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from fslora.console import closing_table
+from fslora.console import closing_table, progress
 from fslora.report import format_bytes
 from fslora.report.page import NAMES
 from fslora.report.plots import draw_loss
@@ -78,3 +80,18 @@ def test_format_seconds_and_ratios():
     assert seconds == ["0.0 s", "4.2 ms", "50 ms", "4.2 s", "1 min 0 s", "59 min 59 s", "2 h 5 min"]
     ratios = [format_ratio(r) for r in (0.125, 1.0, 0.3, 1 / 3, 0.3141)]
     assert ratios == ["1/8", "1", "3/10", "1/3", "0.314"]
+
+
+def test_the_bar_of_a_finished_run_stays_in_its_last_round_and_knows_what_moved():
+    out = io.StringIO()
+    run = SimpleNamespace(rounds=3, cohort_size=2)
+    with progress(run, Console(width=200, file=out, force_terminal=True)) as watcher:
+        watcher.on_judging()
+        time.sleep(0.2)
+        watcher.on_start(3, 2_000_000)
+    shown = out.getvalue()
+    assert "judging the model" in shown
+    assert "round 3/3" in shown
+    assert "2.0 MB" in shown
+    assert "6/6" in shown
+    assert "4/3" not in shown

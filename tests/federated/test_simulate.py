@@ -36,7 +36,14 @@ def outcome(folder):
 def test_a_run_leaves_what_the_readme_says(settings):
     config = SimulateConfig(**settings)
     seen = []
-    summary = simulate(config, Watcher(on_round=lambda record: seen.append(record.round)))
+    summary = simulate(
+        config,
+        Watcher(
+            on_start=lambda *done: seen.append(done),
+            on_round=lambda record: seen.append(record.round),
+            on_judging=lambda: seen.append("judging"),
+        ),
+    )
     folder = Path(config.out)
     assert sorted(os.listdir(folder)) == [
         ".lock",
@@ -47,7 +54,7 @@ def test_a_run_leaves_what_the_readme_says(settings):
         "rounds.jsonl",
         "summary.json",
     ]
-    assert seen == [1, 2]
+    assert seen == ["judging", (0, 0), 1, 2]
     rows = records(folder)
     assert [row["round"] for row in rows] == [0, 1, 2]
     assert rows[0]["clients"] == []
@@ -67,7 +74,9 @@ def test_a_run_leaves_what_the_readme_says(settings):
     assert summary["bytes_up"] == sum(row["bytes_up"] for row in summary["classes"])
     assert summary["implementation"] == "torch", "what auto takes on a CPU"
     seconds = sum(row["wall_seconds"] for row in checkpoint.read_records(folder))
-    again = simulate(replace(config, resume=True))
+    watcher = Watcher(lambda *done: seen.append(done), on_judging=lambda: seen.append("judging"))
+    again = simulate(replace(config, resume=True), watcher)
+    assert seen[4:] == [(2, summary["bytes_up"] + summary["bytes_down"])]
     assert again["wall_seconds"] == summary["wall_seconds"] == seconds > 0
 
 
