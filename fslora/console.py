@@ -44,6 +44,9 @@ def progress(config: SimulateConfig, console: Console) -> Iterator[Watcher]:
     bar = bars.add_task("", total=total, round=1, loss="–", eval="–", bytes="0 B")
     loading = console.status("reading the data, loading the model")
 
+    def on_data(sizes: dict[str, int]) -> None:
+        console.print(data_line(sizes, config.partition), markup=False, highlight=False)
+
     def on_judging() -> None:
         loading.update("judging the model before training")
 
@@ -73,10 +76,29 @@ def progress(config: SimulateConfig, console: Console) -> Iterator[Watcher]:
 
     loading.start()
     try:
-        yield Watcher(on_start, on_client, on_round, on_judging)
+        yield Watcher(on_start, on_client, on_round, on_data, on_judging)
     finally:
         loading.stop()
         bars.stop()
+
+
+def data_line(sizes: dict[str, int], partition: str) -> str:
+    """Say who has how much, and what is left out.
+
+    Args:
+        sizes: as ``data.federated.surveyed`` returns them.
+        partition: the scheme.
+    """
+    fewest, most = sizes["fewest_examples"], sizes["most_examples"]
+    each = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    line = f"{sizes['clients']:,} clients, {each} examples each; {sizes['held_out']:,} held out"
+    if sizes["judged_on"] < sizes["held_out"]:
+        line += f", judged on {sizes['judged_on']:,}"
+    if sizes["left_out_rows"]:
+        column = partition.partition(":")[2]
+        line += f"; {sizes['left_out_rows']:,} rows of {sizes['left_out_values']:,} other values "
+        line += f"of {column} left out"
+    return line
 
 
 def closing_table(summary: dict[str, Any], console: Console) -> None:

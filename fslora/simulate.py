@@ -12,7 +12,7 @@ from typing import Any
 from fslora import checkpoint, disk, evaluation
 from fslora.client import LocalTrainer
 from fslora.config import SimulateConfig
-from fslora.data.federated import fingerprints
+from fslora.data.federated import surveyed
 from fslora.engines import sequential
 from fslora.export import save_adapter
 from fslora.models import take_state
@@ -35,12 +35,14 @@ class Watcher:
         on_start: called once, with the rounds already done and the bytes that they moved.
         on_client: called after each client.
         on_round: called after each round, with its record.
+        on_data: called once, with the sizes that ``data.federated.surveyed`` returns.
         on_judging: called before a new run's model is judged, data and model being there.
     """
 
     on_start: Callable[[int, int], None] = lambda *_: None
     on_client: Callable[[ClientRecord], None] = lambda _: None
     on_round: Callable[[RoundRecord], None] = lambda _: None
+    on_data: Callable[[dict[str, int]], None] = lambda _: None
     on_judging: Callable[[], None] = lambda: None
 
 
@@ -67,8 +69,9 @@ def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str
 
 def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
     run = prepare(config)
-    split = fingerprints(run.data)
+    split, sizes = surveyed(run.data)
     _check_split(run, split)
+    watcher.on_data(sizes)
     with disk.explained_errors(run.folder, checkpoint.newest_round(run.folder)):
         if checkpoint.rounds_done(run.folder) < config.rounds:
             for name in _OF_THE_END:
@@ -107,7 +110,7 @@ def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
     _write_adapter(run, state)
     records = checkpoint.read_records(run.folder)
     summary = summarise(config, state, run.ratio_of_id, records, run.model)
-    summary["split"] = split
+    summary |= {"split": split, "data": sizes}
     with disk.explained_errors(run.folder, checkpoint.of_round(state.round)):
         disk.write_json(run.folder / "summary.json", summary)
     return summary

@@ -27,6 +27,8 @@ class FederatedData:
         evaluation_groups: for each of them the position of the client whose distribution it is
             from, or -1 where there is none.
         labels: the class names in the order of their ids; empty for tasks without classes.
+        held_out: how many examples there are to judge by, also where fewer are kept.
+        left_out: of a natural partition the rows, and the values of its column, of no client.
     """
 
     names: list[str]
@@ -34,6 +36,8 @@ class FederatedData:
     evaluation: Examples
     evaluation_groups: list[int]
     labels: list[str]
+    held_out: int = 0
+    left_out: tuple[int, int] = (0, 0)
 
 
 def load_federated(
@@ -74,16 +78,19 @@ def load_federated(
     by_label = label_column is not None and scheme.startswith("dirichlet")
     group = natural_column(scheme)
     group_column = None if group is None else column_name(rows, group)
+    owners = None if group_column is None else _without_blanks(rows, group_column)
     parts = partition(
         scheme,
         clients,
         count=len(rows),
         labels=column(rows, str(label_column)) if by_label else None,
-        groups=None if group_column is None else column(rows, group_column),
+        groups=owners,
         key=key,
     )
     names = [part.name for part in parts]
     kept = [part.indices for part in parts]
+    values = 0 if owners is None else len(set(owners)) - len(parts)
+    left_out = len(rows) - sum(map(len, kept)), values
     if evaluation_rows is not None:
         shares = _by_client(evaluation_rows, names, group_column)
     else:
@@ -103,7 +110,7 @@ def load_federated(
         if not task.surely_trains([rows[row] for row in indices]):
             _ = lazy[client]  # if it has nothing, that is said now
     evaluation, groups = _encode_evaluation(task, tokenizer, shares, classes)
-    return FederatedData(names, lazy, evaluation, groups, classes)
+    return FederatedData(names, lazy, evaluation, groups, classes, len(evaluation), left_out)
 
 
 def validation_split(data: FederatedData, task: Task, key: int) -> FederatedData:
@@ -132,17 +139,39 @@ def validation_split(data: FederatedData, task: Task, key: int) -> FederatedData
     groups = [client for client, (_, out) in enumerate(cut) for _ in out]
     kept = [_rows(own, keep) for own, (keep, _) in zip(data.clients, cut, strict=True)]
     held_out = pooled([_rows(own, out) for own, (_, out) in zip(data.clients, cut, strict=True)])
-    return replace(data, clients=kept, evaluation=held_out, evaluation_groups=groups)
+    return replace(
+        data,
+        clients=kept,
+        evaluation=held_out,
+        evaluation_groups=groups,
+        held_out=len(held_out),
+    )
 
 
 def fingerprints(data: FederatedData) -> dict[str, str]:
     """Say in a few letters who trains on what ("clients") and what judges them ("evaluation")."""
-    clients = _digest(name.encode() for name in data.names)
+    return surveyed(data)[0]
+
+
+def surveyed(data: FederatedData) -> tuple[dict[str, str], dict[str, int]]:
+    """Return the fingerprints, and the sizes, of data in one pass over its clients."""
+    digest, sizes = _digest(name.encode() for name in data.names), []
     for examples in data.clients:
-        clients += _examples_digest(examples)
-    return {
-        "clients": _digest([clients.encode()])[:16],
+        digest += _examples_digest(examples)
+        sizes.append(len(examples))
+    left_out_rows, left_out_values = data.left_out
+    split = {
+        "clients": _digest([digest.encode()])[:16],
         "evaluation": _examples_digest(data.evaluation)[:16],
+    }
+    return split, {
+        "clients": len(sizes),
+        "fewest_examples": min(sizes),
+        "most_examples": max(sizes),
+        "held_out": data.held_out,
+        "judged_on": len(data.evaluation),
+        "left_out_rows": left_out_rows,
+        "left_out_values": left_out_values,
     }
 
 
@@ -189,7 +218,8 @@ def _cut_text(
         for name, chunk in zip(names, tokens.tensor_split(clients), strict=True)
     ]
     _refuse_empty_evaluation(len(evaluation))
-    return FederatedData(names, encoded, evaluation, [-1] * len(evaluation), [])
+    count = len(evaluation)
+    return FederatedData(names, encoded, evaluation, [-1] * count, [], held_out=count)
 
 
 def _last_tenths(parts: Sequence[Indices]) -> list[tuple[Indices, Indices]]:
@@ -211,6 +241,18 @@ def _drawn_tenth(parts: Sequence[Indices], key: int) -> list[tuple[Indices, Indi
             wanted -= 1
     flags = np.split(out, np.cumsum([len(indices) for indices in parts])[:-1])
     return [(indices[~flag], indices[flag]) for indices, flag in zip(parts, flags, strict=True)]
+
+
+def _without_blanks(rows: Rows, group_column: str) -> list[str]:
+    """The values of a natural partition's column, none of them empty."""
+    values = column(rows, group_column)
+    blank = sum(not value.strip() for value in values)
+    if blank:
+        raise ValueError(
+            f"{blank:,} of {len(rows):,} rows have nothing in column {group_column!r}, and would "
+            "be one client: fill them in or take them out, or choose another --partition"
+        )
+    return values
 
 
 def _by_client(rows: Rows, names: list[str], group_column: str | None) -> list[tuple[int, Rows]]:

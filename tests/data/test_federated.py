@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fslora.data.causal_lm import CausalLM
 from fslora.data.classification import Classification
-from fslora.data.federated import _drawn_tenth, load_federated
+from fslora.data.federated import _drawn_tenth, fingerprints, load_federated, surveyed
 from fslora.data.instruction import Instruction
 from fslora.data.partition import partition
 from fslora.data.rows import read_rows
@@ -192,3 +192,20 @@ def test_speakers_of_shakespeare_are_clients(shared_data):
     last = data.evaluation.tensors["input_ids"][data.evaluation_groups.index(0)]
     held_out = words[len(words) - len(words) // 10]
     assert held_out[:60] in tokenizer.decode(last)
+
+
+def test_what_a_natural_partition_leaves_out_is_counted_and_blanks_are_refused(numbers):
+    rows = rows_of(60, groups="aaaabbbcdd")
+    given = {"scheme": "natural:group", "key": 0}
+    data = load_federated(rows, Classification(("text",), "label"), numbers, clients=2, **given)
+    assert data.left_out == (18, 2)
+    split, sizes = surveyed(data)
+    assert split == fingerprints(data)
+    wanted = {"clients": 2, "held_out": 4, "judged_on": 4}
+    assert wanted.items() <= sizes.items()
+    assert sizes["fewest_examples"] < sizes["most_examples"] <= 24
+    assert (sizes["left_out_rows"], sizes["left_out_values"]) == (18, 2)
+    for row in rows[4:8]:
+        row["group"] = " "
+    with pytest.raises(ValueError, match=r"4 of 60 rows have nothing in column 'group'.*fill them"):
+        load_federated(rows, Classification(("text",), "label"), numbers, clients=2, **given)

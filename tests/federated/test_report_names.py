@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from fslora.console import closing_table, progress
+from fslora.console import closing_table, data_line, progress
 from fslora.report import format_bytes
 from fslora.report.page import NAMES
 from fslora.report.plots import draw_loss
@@ -95,3 +95,14 @@ def test_the_bar_of_a_finished_run_stays_in_its_last_round_and_knows_what_moved(
     assert "2.0 MB" in shown
     assert "6/6" in shown
     assert "4/3" not in shown
+
+
+def test_the_data_in_a_line():
+    sizes = {"clients": 20, "fewest_examples": 12, "most_examples": 340, "held_out": 1340}
+    sizes |= {"judged_on": 128, "left_out_rows": 300, "left_out_values": 5}
+    assert data_line(sizes, "natural:package") == (
+        "20 clients, 12 to 340 examples each; 1,340 held out, judged on 128; "
+        "300 rows of 5 other values of package left out"
+    )
+    even = {"fewest_examples": 7, "most_examples": 7, "judged_on": 1340, "left_out_rows": 0}
+    assert data_line(sizes | even, "iid") == "20 clients, 7 examples each; 1,340 held out"

@@ -72,6 +72,7 @@ def test_a_run_leaves_what_the_readme_says(settings):
         if row["participations"]:
             assert row["share_of_full_rank"] == row["ratio"]
     assert summary["bytes_up"] == sum(row["bytes_up"] for row in summary["classes"])
+    assert (summary["data"]["clients"], summary["data"]["judged_on"]) == (6, 6)
     assert summary["implementation"] == "torch", "what auto takes on a CPU"
     seconds = sum(row["wall_seconds"] for row in checkpoint.read_records(folder))
     watcher = Watcher(lambda *done: seen.append(done), on_judging=lambda: seen.append("judging"))
