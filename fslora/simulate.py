@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -62,9 +63,15 @@ def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str
     """
     watcher, folder = watcher or Watcher(), Path(config.out)
     checked_folder(config)  # before a folder is made
+    made = not folder.exists()
     with disk.locked(folder, checkpoint.newest_round(folder)):
-        # Again: another process may have begun a run in it, or got further.
-        return _simulate(checked_folder(config), watcher)
+        try:
+            # Again: another process may have begun a run in it, or got further.
+            return _simulate(checked_folder(config), watcher)
+        finally:
+            with suppress(OSError):
+                if made and all(path.name.startswith(disk.LOCK_FILE) for path in folder.iterdir()):
+                    shutil.rmtree(folder)  # nothing came of it
 
 
 def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:

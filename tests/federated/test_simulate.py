@@ -231,6 +231,18 @@ def test_a_run_does_not_go_on_with_other_data(settings, tmp_path):
     simulate(replace(config, resume=True, rounds=3))
 
 
+def test_a_run_that_cannot_be_loaded_leaves_no_folder_of_its_own(settings):
+    config = SimulateConfig(**{**settings, "text_column": "words"})
+    with pytest.raises(ValueError, match="no column 'words'"):
+        simulate(config)
+    assert not Path(config.out).exists()
+    Path(config.out).mkdir()
+    with pytest.raises(ValueError, match="no column 'words'"):
+        simulate(config)
+    assert Path(config.out).is_dir(), "it was there before"
+    simulate(SimulateConfig(**{**settings, "rounds": 1}))
+
+
 def test_a_hopeless_round_stops_the_run_and_keeps_what_was_done(settings):
     config = SimulateConfig(**{**settings, "rounds": 3})
     calls = []
