@@ -25,6 +25,7 @@ commands:
   compare    several strategies and seeds side by side, on identical splits and budgets
   plan       choose each device class's sketch ratio for the least time, bytes or energy
   probe      measure this machine and write it down as a device to plan for
+  report     write the report of a run folder again, finished or not
   doctor     say which kernels can run on this machine, and why not
   tune       measure the best tiles for this machine's GPU and keep them
   bench      time layers, kernels, models and rounds; needs the repository
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compare": _compare,
         "plan": _plan,
         "probe": _probe,
+        "report": _report,
         "doctor": _doctor,
         "tune": _tune,
         "bench": _bench,
@@ -245,6 +247,17 @@ def _run(config: object) -> None:
         console.print(f"no report: {error}", markup=False)
         report = None
     closing_lines(folder, report, console)
+
+
+def _report(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="fslora report", description="Write the report of a run, finished or not, again."
+    )
+    parser.add_argument("folder", type=Path, help="what fslora simulate --out wrote")
+    chosen = parser.parse_args(arguments)
+    from fslora.report import write_report
+
+    sys.stdout.write(f"report: {write_report(chosen.folder)}\n")
 
 
 def _doctor(arguments: Sequence[str]) -> None:

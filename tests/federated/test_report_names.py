@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from fslora.__main__ import main
 from fslora.console import closing_table, data_line, progress
 from fslora.report import format_bytes
 from fslora.report.page import NAMES
@@ -106,3 +107,12 @@ def test_the_data_in_a_line():
     )
     even = {"fewest_examples": 7, "most_examples": 7, "judged_on": 1340, "left_out_rows": 0}
     assert data_line(sizes | even, "iid") == "20 clients, 7 examples each; 1,340 held out"
+
+
+def test_the_command_reports_a_run_that_has_not_come_to_its_end(tmp_path, capsys):
+    folder = write_run(tmp_path, summary=None)
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out == f"report: {folder / 'report.html'}\n"
+    assert "has not come to its end" in (folder / "report.html").read_text()
+    assert main(["report", str(tmp_path / "nothing")]) == 2
+    assert "is missing" in capsys.readouterr().err
