@@ -201,6 +201,17 @@ def _as_flags(values: Mapping[str, object]) -> list[str]:
     return given
 
 
+def _report(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="fslora report", description="Write the report of a run, finished or not, again."
+    )
+    parser.add_argument("folder", type=Path, help="what fslora simulate --out wrote")
+    chosen = parser.parse_args(arguments)
+    from fslora.report import write_report
+
+    sys.stdout.write(f"report: {write_report(chosen.folder)}\n")
+
+
 def _join(folders: Sequence[str], flags: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="fslora compare --join FOLDER,FOLDER…")
     parser.add_argument("--out", type=Path, required=True)
@@ -247,17 +258,6 @@ def _run(config: object) -> None:
         console.print(f"no report: {error}", markup=False)
         report = None
     closing_lines(folder, report, console)
-
-
-def _report(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="fslora report", description="Write the report of a run, finished or not, again."
-    )
-    parser.add_argument("folder", type=Path, help="what fslora simulate --out wrote")
-    chosen = parser.parse_args(arguments)
-    from fslora.report import write_report
-
-    sys.stdout.write(f"report: {write_report(chosen.folder)}\n")
 
 
 def _doctor(arguments: Sequence[str]) -> None:

@@ -162,20 +162,22 @@ def _target_line(row: dict[str, Any]) -> str:
     return f"{name}: reached in round {row['round']} with {moved}{after}"
 
 
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
 def closing_lines(folder: Path, report: Path | None, console: Console) -> None:
     """Say where the adapter and the report lie."""
     if (adapter := folder / "adapter").is_dir():
         console.print(
-            f"adapter: {adapter} (load it with peft.PeftModel.from_pretrained)", markup=False
+            f"adapter: {adapter} (load it with peft.PeftModel.from_pretrained)",
+            markup=False,
+            soft_wrap=True,
         )
     else:
         console.print("adapter: none, every client has a model of its own")
     if report is not None:
-        console.print(f"report:  {report}", markup=False)
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
+        console.print(f"report:  {report}", markup=False, soft_wrap=True)
 
 
 def _change(before: float | None, after: float | None) -> str:
