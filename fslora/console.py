@@ -129,7 +129,8 @@ def closing_table(summary: dict[str, Any], console: Console) -> None:
     if console.width < _NARROW:
         for ratio, _, clients, up, down, share, loss in [*rows, every]:
             of_full = "" if share == "–" else f", {share} of full rank"
-            console.print(f"ratio {ratio}: {clients} clients, {up} up, {down} down{of_full}")
+            who = ratio if ratio == "all" else f"ratio {ratio}"
+            console.print(f"{who}: {clients} clients, {up} up, {down} down{of_full}")
             console.print(f"  loss {loss}")
     else:
         table = Table(title="What each capacity class paid, and what it got", title_justify="left")

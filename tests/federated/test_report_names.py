@@ -63,6 +63,7 @@ def test_a_narrow_terminal_gets_lines_and_a_wide_one_a_table():
         assert figure in wide
     assert max(map(len, narrow.splitlines())) <= 40
     assert "ratio 0.5: 11 clients" in narrow
+    assert "\nall: 24 clients" in narrow
 
 
 def test_format_bytes():
