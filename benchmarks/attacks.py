@@ -102,7 +102,9 @@ def main(arguments: Sequence[str]) -> int:
             for _, attack, _, rule in missing:
                 facts = {"seed": seed, "attack": attack, "strength": strength, "rule": rule}
                 facts["begun"] = begun.metric
-                changed = replace(config, attack=attack, attack_strength=strength, robust=rule)
+                changed = replace(config, attack=attack, robust=rule)
+                if attack in STRENGTH:
+                    changed = replace(changed, attack_strength=strength)
                 outcome = outcome_of(run, changed, start)
                 print({**facts, **outcome}, flush=True)
                 schedule = {n: getattr(chosen, n) for n in SCHEDULE}

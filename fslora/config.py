@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from fslora.devices import Fleet, read_fleet
 from fslora.faults import Faults, read_faults
+from fslora.needs import FSLORA_OPTIONS, check_choices, check_needs, flag
 from fslora.options import Averaging, Forward, Redraw, Sampler, check_options
 from fslora.trust import Attack, Limits, Privacy, Robust, Rule, Threat, check_trust
 
@@ -22,14 +23,6 @@ _LOWEST = {
     "over_select": 1,
 }
 _RATIOS = "1/8,1/4,1/2"
-_FSLORA_OPTIONS = {
-    "forward": "sketched",
-    "averaging": "participants",
-    "sampler": "uniform",
-    "redraw": "round",
-    "depth": "all",
-    "depth_min_probability": 0.1,
-}
 
 
 class Target(NamedTuple):
@@ -244,6 +237,7 @@ class SimulateConfig:
             raise ValueError("name a model: --model ID or FOLDER, or try --preset demo")
         if not self.data:
             raise ValueError("name the data: --data texts.jsonl, or try --preset demo")
+        check_choices(self)
         self._check_numbers()
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora-dropout must be in [0, 1), got {self.lora_dropout}")
@@ -255,9 +249,10 @@ class SimulateConfig:
         for ratio in self.ratio_values:
             if not 0 < ratio <= 1:
                 raise ValueError(f"--ratios must be in (0, 1], got {ratio:g}")
-        self._check_options()
+        check_options(**{name: getattr(self, name) for name in FSLORA_OPTIONS})
         self._check_clock()
         self._check_trust()
+        check_needs(self)
 
     def _check_numbers(self) -> None:
         for name, value in asdict(self).items():
@@ -269,16 +264,6 @@ class SimulateConfig:
         for name in ("alpha", "lr", "server_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{flag(name)} must be positive, got {getattr(self, name)}")
-
-    def _check_options(self) -> None:
-        for name, paper in _FSLORA_OPTIONS.items():
-            value = getattr(self, name)
-            if self.strategy != "fslora" and value != paper:
-                raise ValueError(
-                    f"{flag(name)} {value} is an option of fslora, and --strategy is "
-                    f"{self.strategy}; leave it out"
-                )
-        check_options(**{name: getattr(self, name) for name in _FSLORA_OPTIONS})
 
     def _check_clock(self) -> None:
         if not self.devices and (self.deadline or self.over_select != 1):
@@ -335,7 +320,7 @@ class SimulateConfig:
             return self.fleet.ratios
         try:
             return tuple(float(Fraction(part.strip())) for part in self.ratios.split(","))
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ArithmeticError):
             raise ValueError(
                 f"--ratios {self.ratios!r} is not a list of numbers such as 1/8,1/4,0.5"
             ) from None
@@ -355,7 +340,7 @@ class SimulateConfig:
         """What the strategy takes beside what all take."""
         if self.strategy != "fslora":
             return {}
-        return {n: getattr(self, n) for n in (*_FSLORA_OPTIONS, "per_round")}
+        return {n: getattr(self, n) for n in (*FSLORA_OPTIONS, "per_round")}
 
     @property
     def cohort_size(self) -> int:
@@ -390,8 +375,3 @@ class SimulateConfig:
         # Whole, so that the run folder says what was simulated when a file or a built-in changes.
         values["devices"] = self.fleet.to_json() if self.fleet else ""
         return {**values, "ratios": list(self.ratio_values)}
-
-
-def flag(name: str) -> str:
-    """The command line's name of a setting."""
-    return "--" + name.replace("_", "-")

@@ -9,7 +9,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fslora.config import LISTS, SimulateConfig, flag
+from fslora.config import LISTS, SimulateConfig
+from fslora.needs import flag
 
 # What may differ between a run and its continuation without changing a bit of what is learnt.
 _FREE_ON_RESUME = ("rounds", "out", "resume", "targets")

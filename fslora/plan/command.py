@@ -15,7 +15,7 @@ from fslora.plan.figure import draw_plan
 from fslora.plan.limits import Limits, feasible_sizes
 from fslora.plan.pilots import curve_of, pilots_of
 from fslora.plan.report import Plan, figures_of, settings_text, show
-from fslora.plan.settings import PlanConfig
+from fslora.plan.settings import NO_CLOCK, PlanConfig
 from fslora.plan.solve import Problem, solve
 from fslora.prepare import prepare
 from fslora_kernels.seeds import fold_in
@@ -33,7 +33,7 @@ def make_plan(config: PlanConfig, console: Console) -> Plan:
         ValueError: a setting, the data or the model cannot work, or the target is out of reach.
         StoppedRunError: a pilot diverged.
     """
-    run = prepare(replace(config.run, devices="", deadline=0.0, over_select=1.0, faults=""))
+    run = prepare(replace(config.run, **NO_CLOCK))
     costs = count_costs(run)
     limits = Limits(config.run.deadline, 1e6 * config.traffic_mb)
     feasible = feasible_sizes(costs, config.fleet, limits)  # known before any pilot

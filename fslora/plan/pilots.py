@@ -12,7 +12,7 @@ import numpy as np
 from fslora import checkpoint
 from fslora.config import SimulateConfig, Target
 from fslora.plan.bound import Curve
-from fslora.plan.settings import PlanConfig
+from fslora.plan.settings import NO_CLOCK, PlanConfig
 from fslora.server import RoundRecord
 from fslora.simulate import Watcher, checked_folder, simulate
 from fslora_kernels.seeds import fold_in
@@ -30,10 +30,7 @@ def pilots_of(config: PlanConfig) -> list[SimulateConfig]:
     return [
         replace(
             run,
-            devices="",
-            deadline=0.0,
-            over_select=1.0,
-            faults="",
+            **NO_CLOCK,
             targets="",
             eval_every=1,
             eval_sketched=False,

@@ -19,7 +19,7 @@ from fslora.devices import Device
 from fslora.models import take_state
 from fslora.plan.costs import longest_of
 from fslora.plan.kept import kept_bytes, read_in
-from fslora.plan.settings import ProbeConfig
+from fslora.plan.settings import NO_CLOCK, ProbeConfig
 from fslora.prepare import Run, make_strategy, prepare
 from fslora.protocol import ClientTask
 from fslora.report.units import format_bytes
@@ -39,7 +39,7 @@ def probe(config: ProbeConfig, console: Console) -> Device:
         raise ValueError(f"--table {path} is a folder; name a file")
     if path.is_file() and config.name in _names(path):
         raise ValueError(f"{path} has a device {config.name} already; give another --name")
-    run = prepare(replace(config.run, devices="", deadline=0.0, over_select=1.0, faults=""))
+    run = prepare(replace(config.run, **NO_CLOCK))
     ratio, mapped = config.run.ratio_values[0], read_in(run.model)
     # The model is loaded already; what it takes is the device's to give, and not free any more
     # unless its file is mapped.

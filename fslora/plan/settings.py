@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 from fslora.config import SimulateConfig, Target
 from fslora.devices import Fleet
+from fslora.needs import check_choices
 from fslora_kernels.sampling import sketch_size
 
 DEFAULT_OUT = "runs/plan"
 Goal = Literal["time", "bytes", "energy"]
+# What a run has for its clock alone, put back.
+NO_CLOCK: dict[str, Any] = {
+    "devices": "",
+    "device_order": "by-ratio",
+    "deadline": 0.0,
+    "over_select": 1.0,
+    "faults": "",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +53,7 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, each by its flag."""
+        check_choices(self)
         if self.run.strategy != "fslora":
             raise ValueError(
                 f"--strategy {self.run.strategy}: the bound that plans are made by is FSLoRA's"
@@ -63,6 +73,11 @@ class PlanConfig:
                 f"sketch at --rank {self.run.rank}; a dependence needs two"
             )
         _ = self.fleet, self.target
+        if self.run.ratios != SimulateConfig.__dataclass_fields__["ratios"].default:
+            raise ValueError(
+                f"--ratios {self.run.ratios}: a plan chooses the ratios; leave it out, or say by "
+                "--pilot-ratios which ones its pilots have"
+            )
         unknown = [device.name for device in self.fleet.devices if not device.watts]
         if self.goal == "energy" and unknown:
             raise ValueError(f"--goal energy: give {', '.join(unknown)} its watts in --devices")

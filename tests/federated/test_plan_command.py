@@ -138,6 +138,7 @@ BAD = {
     "targets": ({"targets": "0.5,0.6"}, "name one target"),
     "strategy": ({"strategy": "fedit"}, "the bound that plans are made by is FSLoRA's"),
     "redraw": ({"redraw": "step", "forward": "full"}, "counts rounds with --redraw round only"),
+    "ratios": ({"ratios": "1/2"}, "a plan chooses the ratios"),
     "pilots": ({"pilot_ratios": "1/8,1/9"}, "1 different size of sketch"),
     "watts": ({"goal": "energy", "devices": "gpu:5g"}, "give gpu:5g its watts"),
 }
