@@ -6,13 +6,17 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from inspect import cleandoc
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fslora import __version__
 from fslora.errors import is_for_the_user
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Config = TypeVar("Config")
 
@@ -61,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if wrong else 0
     try:
         commands[given[0]](given[1:])
-    except KeyboardInterrupt:
-        flag = " and --resume" if given[0] == "simulate" else ""
-        sys.stderr.write(f"\nfslora: stopped; go on with the same command{flag}\n")
+    except KeyboardInterrupt as stop:
+        remedy = str(stop) or "go on with the same command"
+        sys.stderr.write(f"\nfslora: stopped; {remedy}\n")
         return 130
     except BrokenPipeError:  # as of `fslora … --help | head`: whoever reads has read enough
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - written to at exit
@@ -81,22 +85,18 @@ def _simulate(arguments: Sequence[str]) -> None:
 
     from fslora.config import SimulateConfig
     from fslora.presets import PRESETS
-    from fslora.settings import merged, read_settings
+    from fslora.settings import as_flags, merged, read_settings, saved_settings
 
-    files = argparse.ArgumentParser(prog="fslora simulate", add_help=False)
-    files.add_argument("--preset", choices=sorted(PRESETS))
-    files.add_argument("--config", type=Path)
-    chosen, flags = files.parse_known_args(arguments)
-    default = PRESETS[chosen.preset]() if chosen.preset else None
-    if default is None and chosen.config is None and "--resume" in flags:
-        chosen.config = _saved_settings(flags)
-    if chosen.config is not None:
-        values = merged(default, read_settings(chosen.config), str(chosen.config))
-        default = SimulateConfig(**values)
+    chosen, flags = _files("simulate", arguments)
+    if not chosen.preset and not chosen.config and "--resume" in flags:
+        chosen.config = saved_settings(_out_of(flags))  # so that --out and --resume suffice
+    given = {}
+    if chosen.config:
+        given = merged(None, read_settings(chosen.config), str(chosen.config))
     config = tyro.cli(
         SimulateConfig,
-        args=flags,
-        default=default,
+        args=[*as_flags(given), *flags],  # a file need not make a valid config alone
+        default=PRESETS[chosen.preset]() if chosen.preset else None,
         prog="fslora simulate",
         description=f"{cleandoc(SimulateConfig.__doc__ or '').split('Attributes:')[0].strip()}\n\n"
         f"--preset {{{','.join(sorted(PRESETS))}}} takes ready-made settings, --config FILE.toml "
@@ -106,24 +106,30 @@ def _simulate(arguments: Sequence[str]) -> None:
 
 
 def _compare(arguments: Sequence[str]) -> None:
+    from dataclasses import replace
+
     import tyro
 
     from fslora.compare.settings import DEFAULT_OUT, CompareConfig, read_comparison
     from fslora.presets import PRESETS
+    from fslora.settings import as_flags
 
-    files = argparse.ArgumentParser(prog="fslora compare", add_help=False)
-    files.add_argument("--preset", choices=sorted(PRESETS))
-    files.add_argument("--config", type=Path)
-    files.add_argument("--join")
-    chosen, flags = files.parse_known_args(arguments)
+    joining = argparse.ArgumentParser(prog="fslora compare", add_help=False)
+    joining.add_argument("--join")
+    chosen, flags = joining.parse_known_args(arguments)
     if chosen.join:
         _join(chosen.join.split(","), flags)
         return
-    default = PRESETS[chosen.preset]() if chosen.preset else None
+    chosen, flags = _files("compare", flags)
+    default = None
+    if chosen.preset:
+        run = replace(PRESETS[chosen.preset](), strategy="fslora", seed=0, out=DEFAULT_OUT)
+        default = CompareConfig(run)
+    given = read_comparison(chosen.config) if chosen.config else {}
     config = tyro.cli(
         tyro.conf.OmitArgPrefixes[CompareConfig],
-        args=[*([] if chosen.config else [f"--out={DEFAULT_OUT}"]), *flags],
-        default=read_comparison(default, chosen.config) or tyro.MISSING_NONPROP,
+        args=[f"--out={DEFAULT_OUT}", *as_flags(given), *flags],
+        default=default or tyro.MISSING_NONPROP,
         prog="fslora compare",
         description=f"{cleandoc(CompareConfig.__doc__ or '').split('Attributes:')[0].strip()}\n\n"
         f"--preset {{{','.join(sorted(PRESETS))}}} takes ready-made settings, --config FILE.toml "
@@ -132,11 +138,9 @@ def _compare(arguments: Sequence[str]) -> None:
         "fslora compare --join FOLDER,FOLDER… --out FOLDER puts finished comparisons of several "
         "data sets into one table and one page.",
     )
-    from rich.console import Console
-
     from fslora.compare.command import compare
 
-    compare(config, Console())
+    compare(config, _console())
     _report_comparison(Path(config.run.out))
 
 
@@ -144,47 +148,33 @@ def _plan(arguments: Sequence[str]) -> None:
     from fslora.plan.settings import DEFAULT_OUT, PlanConfig
 
     config = _around_a_run("plan", PlanConfig, DEFAULT_OUT, arguments)
-    from rich.console import Console
-
     from fslora.plan.command import make_plan
 
-    make_plan(config, Console())
+    make_plan(config, _console())
 
 
 def _probe(arguments: Sequence[str]) -> None:
     from fslora.plan.settings import DEFAULT_OUT, ProbeConfig
 
     config = _around_a_run("probe", ProbeConfig, DEFAULT_OUT, arguments)
-    from rich.console import Console
-
     from fslora.plan.probe import probe
 
-    probe(config, Console())
+    probe(config, _console())
 
 
 def _around_a_run(name: str, kind: type[Config], out: str, arguments: Sequence[str]) -> Config:
-    """Read the flags of a command whose config holds a run's as ``run``.
-
-    A file's settings go before the flags as flags: alone they need not make a valid config.
-    """
-    from dataclasses import asdict
-
+    """Read the flags of a command whose config holds a run's as ``run``."""
     import tyro
 
-    from fslora.config import SimulateConfig
     from fslora.presets import PRESETS
-    from fslora.settings import merged, read_settings
+    from fslora.settings import as_flags, merged, read_settings
 
-    files = argparse.ArgumentParser(prog=f"fslora {name}", add_help=False)
-    files.add_argument("--preset", choices=sorted(PRESETS))
-    files.add_argument("--config", type=Path)
-    chosen, flags = files.parse_known_args(arguments)
-    run = PRESETS[chosen.preset]() if chosen.preset else None
-    if chosen.config is not None:
-        run = SimulateConfig(**merged(run, read_settings(chosen.config), str(chosen.config)))
+    chosen, flags = _files(name, arguments)
+    values = read_settings(chosen.config) if chosen.config else {}
+    given = merged(PRESETS[chosen.preset]() if chosen.preset else None, values, str(chosen.config))
     config: Config = tyro.cli(
         tyro.conf.OmitArgPrefixes[kind],  # type: ignore[valid-type,misc]
-        args=[*_as_flags({} if run is None else asdict(run)), f"--out={out}", *flags],
+        args=[*as_flags(given), f"--out={out}", *flags],
         prog=f"fslora {name}",
         description=f"{cleandoc(kind.__doc__ or '').split('Attributes:')[0].strip()}\n\n"
         "--preset NAME or --config FILE.toml takes the run's settings, as for fslora simulate.",
@@ -192,13 +182,18 @@ def _around_a_run(name: str, kind: type[Config], out: str, arguments: Sequence[s
     return config
 
 
-def _as_flags(values: Mapping[str, object]) -> list[str]:
-    given = []
-    for name, value in values.items():
-        dashed = name.replace("_", "-")
-        switch = f"--{dashed}" if value else f"--no-{dashed}"
-        given.append(switch if isinstance(value, bool) else f"--{dashed}={value}")
-    return given
+def _files(name: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Take the preset's name and the file of settings out of the flags."""
+    from fslora.presets import PRESETS
+
+    files = argparse.ArgumentParser(prog=f"fslora {name}", add_help=False)
+    files.add_argument("--preset", choices=sorted(PRESETS))
+    files.add_argument("--config", type=_path)
+    return files.parse_known_args(arguments)
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def _report(arguments: Sequence[str]) -> None:
@@ -214,11 +209,11 @@ def _report(arguments: Sequence[str]) -> None:
 
 def _join(folders: Sequence[str], flags: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="fslora compare --join FOLDER,FOLDER…")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=_path, required=True)
     out: Path = parser.parse_args(flags).out
     from fslora.compare.command import join
 
-    join([Path(folder) for folder in folders], out)
+    join([_path(folder) for folder in folders], out)
     _report_comparison(out)
 
 
@@ -229,17 +224,14 @@ def _report_comparison(folder: Path) -> None:
     sys.stdout.write(f"tables: {report.with_name('compare.md')}\nreport: {report}\n")
 
 
-def _saved_settings(flags: Sequence[str]) -> Path | None:
-    """The settings of the run that is to be continued, so that --out and --resume suffice."""
+def _out_of(flags: Sequence[str]) -> Path:
     peek = argparse.ArgumentParser(add_help=False)
-    peek.add_argument("--out", type=Path, default=Path("runs/last"))
-    path: Path = peek.parse_known_args(flags)[0].out / "config.json"
-    return path if path.is_file() else None
+    peek.add_argument("--out", type=_path, default=Path("runs/last"))
+    out: Path = peek.parse_known_args(flags)[0].out
+    return out
 
 
 def _run(config: object) -> None:
-    from rich.console import Console
-
     from fslora.config import SimulateConfig
     from fslora.console import closing_lines, closing_table, progress
     from fslora.report import write_report
@@ -247,17 +239,33 @@ def _run(config: object) -> None:
 
     if not isinstance(config, SimulateConfig):
         raise TypeError(f"not a config: {config}")
-    console = Console()
-    with progress(config, console) as watcher:
-        summary = simulate(config, watcher)
+    console, folder = _console(), Path(config.out)
+    try:
+        with progress(config, console) as watcher:
+            summary = simulate(config, watcher)
+    except KeyboardInterrupt:
+        if (folder / "config.json").is_file():
+            raise KeyboardInterrupt("go on with the same command and --resume") from None
+        raise KeyboardInterrupt("nothing was begun yet") from None
     closing_table(summary, console)
-    folder = Path(config.out)
     try:
         report = write_report(folder)
     except ValueError as error:
         console.print(f"no report: {error}", markup=False)
         report = None
     closing_lines(folder, report, console)
+
+
+def _console() -> Console:
+    """Build a console whose run goes on quietly when its reader has gone, as of `| head -1`."""
+    from rich.console import Console
+
+    class Patient(Console):
+        def on_broken_pipe(self) -> None:
+            with suppress(SystemExit):
+                super().on_broken_pipe()
+
+    return Patient()
 
 
 def _doctor(arguments: Sequence[str]) -> None:
@@ -279,7 +287,7 @@ def _tune(arguments: Sequence[str]) -> None:
         "minute) and keep them where every later run finds them.",
     )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 …")
-    parser.add_argument("--out", type=Path, help="another file, which you can read or share")
+    parser.add_argument("--out", type=_path, help="another file, which you can read or share")
     chosen = parser.parse_args(arguments)
     from rich.console import Console
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fslora.devices import Fleet, read_fleet
@@ -233,6 +234,9 @@ class SimulateConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, each by its flag."""
+        for name in ("model", "out"):  # of --out=~/runs no shell makes a folder
+            if (value := getattr(self, name)).startswith("~"):
+                object.__setattr__(self, name, str(Path(value).expanduser()))
         if not self.model:
             raise ValueError("name a model: --model ID or FOLDER, or try --preset demo")
         if not self.data:

@@ -173,7 +173,7 @@ def read_fleet(text: str) -> Fleet:
         except json.JSONDecodeError as error:
             raise ValueError(f"--devices {text[:20]!r} is not valid JSON: {error}") from None
     if text.endswith(".toml"):
-        path = Path(text)
+        path = Path(text).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"--devices: there is no file {path}")
         try:

@@ -65,6 +65,27 @@ def read_settings(path: Path) -> dict[str, Any]:
     return values
 
 
+def as_flags(values: Mapping[str, object]) -> list[str]:
+    """Write settings as flags, which the user's own can follow."""
+    given = []
+    for name, value in values.items():
+        switch = flag(name if value else f"no_{name}")
+        given.append(switch if isinstance(value, bool) else f"{flag(name)}={value}")
+    return given
+
+
+def saved_settings(folder: Path) -> Path:
+    """Return where the settings of a run that is to be continued are.
+
+    Raises:
+        ValueError: there is no run.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no run to resume; leave out --resume")
+    return path
+
+
 def continued(saved: SimulateConfig, asked: SimulateConfig) -> SimulateConfig:
     """Check that a run may be continued as asked.
 

@@ -202,25 +202,21 @@ class Entry:
         return _safe(self.label)
 
 
-def read_comparison(run: SimulateConfig | None, path: Path | None) -> CompareConfig | None:
-    """Read the defaults of a comparison.
-
-    Args:
-        run: settings to start from, such as a preset's.
-        path: a file of settings; those of the comparison alone are under `compare`.
+def read_comparison(path: Path) -> dict[str, Any]:
+    """Read a file of settings; those of the comparison alone are under `compare`.
 
     Returns:
-        The defaults, or None if there are neither.
+        Settings of `CompareConfig` and of its runs, without the strategy, seed and resume of one.
 
     Raises:
         ValueError: the file is missing or damaged, or has an unknown setting.
     """
-    if path is None:
-        return None if run is None else CompareConfig(run)
-    values = {"out": DEFAULT_OUT, **read_settings(path)}
+    values = read_settings(path)
     own = values.pop("compare", {})
     types = {item.name: item.type for item in fields(CompareConfig) if item.name != "run"}
-    given: dict[str, Any] = {}
+    given = merged(None, values, str(path))
+    for name in ("strategy", "seed", "resume"):
+        given.pop(name, None)
     for key, value in own.items():
         name = key.replace("-", "_")
         text = ",".join(map(str, value)) if isinstance(value, list) else value
@@ -229,7 +225,7 @@ def read_comparison(run: SimulateConfig | None, path: Path | None) -> CompareCon
         if type(text).__name__ != types[name]:
             raise ValueError(f"{path}: [compare] {key} = {value!r} is not of type {types[name]}")
         given[name] = text
-    return CompareConfig(SimulateConfig(**merged(run, values, str(path))), **given)
+    return given
 
 
 def read_entry(text: str) -> Entry:

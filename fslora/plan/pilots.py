@@ -25,7 +25,7 @@ class _ReachedError(Exception):
 def pilots_of(config: PlanConfig) -> list[SimulateConfig]:
     """The pilot runs of a plan: no devices, so that one set serves every fleet."""
     run, sizes = config.run, config.pilot_sizes
-    folder = Path(config.pilots or Path(run.out) / "pilots")
+    folder = Path(config.pilots or Path(run.out) / "pilots").expanduser()
     mixtures = [(size,) for size in sizes] + [(sizes[0], sizes[-1])]
     return [
         replace(

@@ -34,7 +34,7 @@ def probe(config: ProbeConfig, console: Console) -> Device:
     Raises:
         ValueError: the run cannot work, or the file has a device of this name already.
     """
-    path = Path(config.table)
+    path = Path(config.table).expanduser()
     if path.is_dir():
         raise ValueError(f"--table {path} is a folder; name a file")
     if path.is_file() and config.name in _names(path):

@@ -302,16 +302,11 @@ def test_options_and_files(track, tmp_path):
         'model = "m"\ndata = "d.jsonl"\n[compare]\nstrategies = ["fslora", "flora"]\n'
         "seeds = [3, 4]\nsearch-rounds = 2\n"
     )
-    config = read_comparison(None, path)
-    assert (config.strategies, config.seed_values, config.search_rounds) == (
-        "fslora,flora",
-        (3, 4),
-        2,
-    )
-    assert config.run.out == "runs/compare"
+    own = {"strategies": "fslora,flora", "seeds": "3,4", "search_rounds": 2}
+    assert read_comparison(path) == {"model": "m", "data": "d.jsonl", **own}
     path.write_text('model = "m"\ndata = "d"\n[compare]\nseed = [1]\n')
     with pytest.raises(ValueError, match="has no 'seed'"):
-        read_comparison(None, path)
+        read_comparison(path)
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 7, 10, 11, 14, 40])
