@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -159,7 +160,20 @@ def explained_errors(folder: Path, kept: str = "") -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
+        resume = ", and go on with --resume" if kept else ""
         raise ValueError(
             f"cannot write to {folder}: {reason}; {kept or 'what was there before'} is intact. "
-            "Make room there, or make it writable, and go on with --resume; or choose another --out"
+            f"Make room there, or make it writable{resume}; or choose another --out"
         ) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written to, before the work whose results it is for.
+
+    Raises:
+        ValueError: it cannot be made, or nothing can be made in it.
+    """
+    with explained_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass

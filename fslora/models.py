@@ -55,9 +55,13 @@ def resolve_device(device: str) -> torch.device:
     try:
         wanted = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"unknown device {device!r}; use cpu, cuda, cuda:0 … or auto") from None
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {device!r}; use cpu, cuda, cuda:0 … or auto")
     if wanted.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no GPU here; use --device cpu")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: torch sees {torch.cuda.device_count()} GPUs here")
     return wanted
 
 
@@ -109,6 +113,11 @@ def load_model(config: SimulateConfig, labels: list[str], pad_token_id: int) -> 
             base = auto.from_pretrained(path, **settings)
         except (OSError, ValueError, RuntimeError) as error:
             raise _unloadable("model", config.model, error) from error
+        if config.layers > base_config.num_hidden_layers:
+            raise ValueError(
+                f"--layers {config.layers} is more than the {base_config.num_hidden_layers} that "
+                f"{config.model} has; 0 keeps all"
+            )
         _check_context(config, getattr(base_config, "max_position_embeddings", None))
         model = _with_adapter(base, config, TaskType.SEQ_CLS if classifying else None)
     # Clients train leaves of their own, never the factors of the resident model.
@@ -120,6 +129,7 @@ def load_model(config: SimulateConfig, labels: list[str], pad_token_id: int) -> 
     if not classifying:
         _check_causal(model, config.model)
     fslora_kernels.fuse(model, config.implementation)
+    _check_fused(model, config)
     return model
 
 
@@ -168,6 +178,11 @@ def _inputs_in_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any
 
 def _with_adapter(base: nn.Module, config: SimulateConfig, task_type: TaskType | None) -> PeftModel:
     targets = config.column_names("target_modules")
+    if "all-linear" in targets and len(targets) > 1:
+        raise ValueError(
+            f"--target-modules {config.target_modules}: all-linear has all layers in it; name it "
+            "alone, or layers alone"
+        )
     adapter = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -184,6 +199,15 @@ def _with_adapter(base: nn.Module, config: SimulateConfig, task_type: TaskType |
         return get_peft_model(base, adapter)
     except ValueError as error:
         raise _untargetable(base, config, str(error).splitlines()[0]) from None
+
+
+def _check_fused(model: PeftModel, config: SimulateConfig) -> None:
+    """Refuse a target that has an adapter which would never be trained, as embeddings would."""
+    fused = fslora_kernels.modules(model)
+    for target in config.column_names("target_modules"):
+        if target != "all-linear" and not any(f".{n}".endswith(f".{target}") for n in fused):
+            base = model.get_base_model()
+            raise _untargetable(base, config, f"{target} is no linear layer.")
 
 
 def _untargetable(base: nn.Module, config: SimulateConfig, why: str) -> ValueError:

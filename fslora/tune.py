@@ -24,9 +24,12 @@ def tune(device: str, out: Path | None, console: Console) -> Path:
 
     Raises:
         NotImplementedError: Triton kernels cannot run there, so there is nothing to tune.
-        ValueError: the table has no place, or cannot be written there.
+        ValueError: there is no such device, or the table has no place, or cannot be written there.
     """
-    where = torch.device(device)
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; use cuda, cuda:1 …") from None
     reason = unavailable("triton", where.type)
     if where.type == "cuda" and not torch.cuda.is_available():
         reason = "torch sees no GPU"
@@ -49,5 +52,5 @@ def tune(device: str, out: Path | None, console: Console) -> Path:
             f"{row.kernel:<6} {row.ranks:>4} ranks   {1 / row.over_default:5.2f} × as fast as the "
             f"default   best of {row.tried}: {row.tiles}"
         )
-    console.print(f"kept in {path}")
+    console.print(f"kept in {path}", markup=False, soft_wrap=True)
     return path

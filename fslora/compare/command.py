@@ -60,7 +60,7 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
     with _bar(console, "comparing", planned) as on_round:
         failures = run_all(list(runs.values()), config.jobs, on_round)
     for folder, reason in failures.items():
-        console.print(f"{folder} stopped: {reason}", markup=False)
+        console.print(f"{folder} stopped: {reason}", markup=False, soft_wrap=True)
     comparison = {"datasets": [tabulate(config, runs, failures, tried)]}
     out = Path(config.run.out)
     with disk.explained_errors(out):

@@ -26,7 +26,8 @@ def read_file(path: Path, *, header: bool = True, play: bool = False) -> Rows:
         play: read a .txt as a play: one row per turn, with the columns `speaker` and `text`.
 
     Raises:
-        ValueError: the file is empty or malformed (with the line), or of an unknown type.
+        ValueError: the file cannot be read, is empty or malformed (with the line), or of an
+            unknown type.
     """
     suffix = file_type(path)
     if suffix is None:
@@ -42,6 +43,8 @@ def read_file(path: Path, *, header: bool = True, play: bool = False) -> Rows:
             rows = _read_play(content) if play else _READERS[suffix](content)
     except (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
     if not rows:
         raise ValueError(f"{path}: no rows; name a file that has some")
     return rows
@@ -97,6 +100,7 @@ def _tsv_lines(content: bytes) -> Lines:
 
 
 def _csv_lines(content: bytes) -> Lines:
+    csv.field_size_limit(2**31 - 1)  # a document may be longer than the default of 131,072
     reader = csv.reader(io.StringIO(_decode(content), newline=""), strict=True)
     return ((reader.line_num, fields) for fields in reader if fields)
 

@@ -45,9 +45,9 @@ def read_rows(
         files = _files_in(path)
         parts = [read_file(file, header=header, play=play) for file in files]
         if len(files) > 1:
-            for file, part in zip(files, parts, strict=True):
+            for name, part in zip(_names_of(files), parts, strict=True):
                 for row in part:
-                    row.setdefault("file", file.name.partition(".")[0])
+                    row.setdefault("file", name)
         return [row for part in parts for row in part]
     if reader == "play":
         _refuse_missing_path(source, must_be_path=True)
@@ -103,6 +103,14 @@ def _files_in(path: Path) -> list[Path]:
             f"{', '.join(TYPES)}, also with .gz"
         )
     return files
+
+
+def _names_of(files: Sequence[Path]) -> list[str]:
+    """The files' names without their type; with it where another has the same name."""
+    bare = [file.name.removesuffix(".gz").removesuffix(str(file_type(file))) for file in files]
+    return [
+        name if bare.count(name) == 1 else file.name for name, file in zip(bare, files, strict=True)
+    ]
 
 
 def _refuse_missing_path(source: str, *, must_be_path: bool) -> None:

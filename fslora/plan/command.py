@@ -33,6 +33,8 @@ def make_plan(config: PlanConfig, console: Console) -> Plan:
         ValueError: a setting, the data or the model cannot work, or the target is out of reach.
         StoppedRunError: a pilot diverged.
     """
+    out = Path(config.run.out)
+    disk.check_writable(out)  # known before any pilot
     run = prepare(replace(config.run, **NO_CLOCK))
     costs = count_costs(run)
     limits = Limits(config.run.deadline, 1e6 * config.traffic_mb)
@@ -41,8 +43,12 @@ def make_plan(config: PlanConfig, console: Console) -> Plan:
     del run
     plan = choose(config, costs, limits, tuple(feasible), clients, run_pilots(config, console))
     show(plan, console)
-    write(plan, Path(config.run.out))
-    console.print(f"plan: {Path(config.run.out) / 'plan.toml'} (fslora simulate --config takes it)")
+    write(plan, out)
+    console.print(
+        f"plan: {out / 'plan.toml'} (fslora simulate --config takes it)",
+        markup=False,
+        soft_wrap=True,
+    )
     return plan
 
 

@@ -39,6 +39,13 @@ def probe(config: ProbeConfig, console: Console) -> Device:
         raise ValueError(f"--table {path} is a folder; name a file")
     if path.is_file() and config.name in _names(path):
         raise ValueError(f"{path} has a device {config.name} already; give another --name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()  # known before anything is measured
+    except OSError as error:
+        raise ValueError(
+            f"--table {path}: {error.strerror}; name a file that can be written"
+        ) from None
     run = prepare(replace(config.run, **NO_CLOCK))
     ratio, mapped = config.run.ratio_values[0], read_in(run.model)
     # The model is loaded already; what it takes is the device's to give, and not free any more
@@ -59,7 +66,6 @@ def probe(config: ProbeConfig, console: Console) -> Device:
         jitter=statistics.pstdev(map(log, seconds)),
         watts=config.watts,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(table_of(device))
     console.print(
@@ -67,6 +73,7 @@ def probe(config: ProbeConfig, console: Console) -> Device:
         f"{_STEPS} local steps, {format_bytes(device.memory_bytes)} of memory for tensors, beside "
         f"{format_bytes(kept)} that the allocator keeps; in {path}",
         markup=False,
+        soft_wrap=True,
     )
     return device
 

@@ -145,3 +145,8 @@ class ProbeConfig:
         for name in ("share", "down_mbit", "up_mbit", "seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive")
+        for name in ("rtt_ms", "watts"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative")
+        if self.share > 1:
+            raise ValueError(f"--share is a part of the clients, at most 1, got {self.share:g}")

@@ -132,3 +132,15 @@ def test_the_play_reader_refuses_what_is_no_play(tmp_path):
         read_file(written(tmp_path, "t.tsv", "a\tb\n"), play=True)
     with pytest.raises(ValueError, match="a play's turn is NAME:"):
         read_file(written(tmp_path, "t.txt", "Once upon a time.\n"), play=True)
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "texts.txt").mkdir()
+    with pytest.raises(ValueError, match=r"cannot read .*texts.txt: Is a directory"):
+        read_file(tmp_path / "texts.txt")
+
+
+def test_a_csv_field_may_be_long(tmp_path):
+    long = "x" * 200_000
+    path = written(tmp_path, "t.csv", f"text,label\n{long},a\n")
+    assert read_file(path) == [{"text": long, "label": "a"}]

@@ -1,3 +1,4 @@
+import gzip
 import sys
 from types import SimpleNamespace
 
@@ -155,3 +156,19 @@ def test_a_missing_column_lists_the_others():
         column(rows, 2)
     with pytest.raises(ValueError, match="row 1 has no column 'b', only a"):
         column(rows, "b")
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["2024.01.txt", "2024.02.txt"], ["2024.01", "2024.02"]),
+        (["train.csv", "train.jsonl", "more.json"], ["more", "train.csv", "train.jsonl"]),
+        (["part_1.json.gz", "part_2.json.gz"], ["part_1", "part_2"]),
+    ],
+)
+def test_each_file_of_a_folder_has_a_name_of_its_own(tmp_path, files, names):
+    for name in files:
+        content = {"csv": b"text\na\n", "txt": b"a"}.get(name[-3:], b'{"text": "a"}\n')
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert [row["file"] for row in read_rows(str(tmp_path))] == names

@@ -250,3 +250,11 @@ def test_a_record_with_nan_is_refused_rather_than_written_as_invalid_json(tmp_pa
     with pytest.raises(ValueError, match="JSON"):
         checkpoint.append_record(tmp_path, {"round": 0, "loss": float("nan")})
     assert checkpoint.read_records(tmp_path) == []
+
+
+def test_only_where_a_checkpoint_is_there_is_something_to_resume(tmp_path):
+    for kept, resumable in (("", False), ("the checkpoint of round 1", True)):
+        with pytest.raises(ValueError, match="cannot write") as caught:  # noqa: SIM117
+            with disk.explained_errors(tmp_path, kept):
+                raise OSError(28, "No space left")
+        assert ("--resume" in str(caught.value)) == resumable

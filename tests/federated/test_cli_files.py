@@ -3,15 +3,18 @@
 import re
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from fslora import __main__ as cli
 from fslora import simulate as simulations
 from fslora.__main__ import main
 from fslora.compare import command as comparisons
 from fslora.config import SimulateConfig
+from fslora.console import closing_lines
 from fslora.presets import PRESETS
 
 
@@ -88,3 +91,18 @@ def test_a_tilde_is_the_home_folder(asked, tmp_path, monkeypatch):
     (tmp_path / "run.toml").write_text('data = "d"\nmodel = "~/m"\n')
     assert main(["simulate", "--config=~/run.toml", "--out=~/x"]) == 0
     assert (asked[0].out, asked[0].model) == (f"{tmp_path}/x", f"{tmp_path}/m")
+
+
+def test_tune_names_a_device_that_is_none(capsys):
+    assert main(["tune", "--device=foo"]) == 2
+    assert "unknown device 'foo'" in capsys.readouterr().err
+
+
+def test_paths_are_shown_as_they_are(tmp_path):
+    shown = Console(file=StringIO(), width=20)
+    folder = tmp_path / "[bold]a [/x] long name"
+    (folder / "adapter").mkdir(parents=True)
+    closing_lines(folder, folder / "report.html", shown)
+    text = shown.file.getvalue()
+    assert f"adapter: {folder}/adapter (" in text
+    assert f"report:  {folder}/report.html\n" in text

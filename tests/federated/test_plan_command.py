@@ -17,7 +17,7 @@ from fslora.devices import read_fleet
 from fslora.models import take_state
 from fslora.plan.costs import count_costs, round_bytes
 from fslora.plan.pilots import pilots_of
-from fslora.plan.settings import PlanConfig
+from fslora.plan.settings import PlanConfig, ProbeConfig
 from fslora.prepare import make_strategy, prepare
 
 from .test_cli import flags
@@ -172,6 +172,21 @@ def test_a_plan_takes_a_file_of_settings_and_flags_over_it(asked, tmp_path, caps
     assert "far phone: a round at S = 1 takes" in capsys.readouterr().err
 
 
+def test_a_plan_that_could_not_be_written_is_refused_before_any_pilot(asked, tmp_path, capsys):
+    pilots, file = tmp_path / "pilots", tmp_path / "file"
+    file.write_text("")
+    assert main(["plan", *flags({**asked, "out": file / "plan"}, pilots=pilots)]) == 2
+    assert "cannot write to" in capsys.readouterr().err
+    assert not pilots.exists()
+
+
+@pytest.mark.parametrize("bad", [{"share": 2.0}, {"rtt_ms": -1.0}, {"watts": -1.0}])
+def test_a_probe_checks_its_figures_before_it_measures(settings, bad):
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
+        ProbeConfig(run=SimulateConfig(**settings), **bad)
+
+
 def test_a_probe_writes_a_device_that_a_fleet_takes(settings, tmp_path, capsys):
     table = tmp_path / "devices.toml"
     probing = flags(settings, name="mine", table=table, seconds=0.01, up_mbit=5, share=0.5)
@@ -187,8 +202,12 @@ def test_a_probe_writes_a_device_that_a_fleet_takes(settings, tmp_path, capsys):
     assert main(["probe", *probing]) == 2
     assert "has a device mine already" in capsys.readouterr().err
     assert replace(other, name="mine").share == 0.5
-    for bad, message in ((tmp_path, "is a folder"), (tmp_path / "damaged.toml", "not valid TOML")):
-        if bad != tmp_path:
+    for bad, message in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "damaged.toml", "not valid TOML"),
+        (table / "below.toml", "name a file that can be written"),
+    ):
+        if bad.name == "damaged.toml":
             bad.write_text("[[device]\n")
         again = flags(settings, name="third", table=bad, seconds=0.01, share=0.5)
         assert main(["probe", *again]) == 2
