@@ -236,10 +236,14 @@ def _run(config: object) -> None:
     from fslora.console import closing_lines, closing_table, progress
     from fslora.report import write_report
     from fslora.simulate import simulate
+    from fslora.trust import thin_coverage
 
     if not isinstance(config, SimulateConfig):
         raise TypeError(f"not a config: {config}")
     console, folder = _console(), Path(config.out)
+    thin = thin_coverage(config.strategy, config.rule, config.per_round, config.mean_ratio)
+    if thin:
+        sys.stderr.write(f"fslora: {thin}\n")
     try:
         with progress(config, console) as watcher:
             summary = simulate(config, watcher)

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from fslora.devices import Fleet, read_fleet
@@ -290,6 +291,7 @@ class SimulateConfig:
         check_trust(
             strategy=self.strategy,
             task=self.task,
+            per_round=self.per_round,
             averaging=self.averaging,
             sampler=self.sampler,
             over_select=self.over_select,
@@ -328,6 +330,13 @@ class SimulateConfig:
             raise ValueError(
                 f"--ratios {self.ratios!r} is not a list of numbers such as 1/8,1/4,0.5"
             ) from None
+
+    @property
+    def mean_ratio(self) -> float:
+        """The clients' mean sketch ratio."""
+        if self.fleet is not None and any(self.fleet.ratios):
+            return sum(device.share * device.ratio for device in self.fleet.devices)
+        return fmean(self.ratio_values)
 
     @property
     def fleet(self) -> Fleet | None:

@@ -23,6 +23,7 @@ import json
 import math
 import tomllib
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,7 +130,9 @@ class Fleet:
             raise ValueError(f"--devices: {twice.pop()} is there twice; add its shares up")
         total = sum(device.share for device in self.devices)
         if abs(total - 1) > 1e-6:
-            raise ValueError(f"--devices: the shares must sum to 1, they sum to {total:g}")
+            raise ValueError(
+                f"--devices: the shares must sum to 1, they sum to {total:g}; for thirds write 1/3"
+            )
         if 0 in self.ratios and any(self.ratios):
             raise ValueError("--devices: give every device its own ratio, or none")
 
@@ -188,8 +191,8 @@ def _table(part: str) -> dict[str, Any]:
     name, _, share = part.partition("=")
     compute, colon, network = name.partition(":")
     try:
-        table = {"compute": compute, "network": network, "share": float(share or 1)}
-    except ValueError:
+        table = {"compute": compute, "network": network, "share": float(Fraction(share or 1))}
+    except (ValueError, ArithmeticError):
         colon = ""
     if not colon:
         raise ValueError(

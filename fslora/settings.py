@@ -38,6 +38,8 @@ def merged(config: SimulateConfig | None, values: Mapping[str, Any], source: str
         name = key.replace("-", "_")
         if name not in types:
             raise ValueError(f"{source}: unknown setting {key!r}; settings are the flags of --help")
+        if name == "device" and isinstance(given, list):
+            raise ValueError(f"{source}: write [[devices]] for a fleet; device is cpu or cuda")
         listed = name in LISTS and isinstance(given, list)
         value: Any = ",".join(str(item) for item in given) if listed else given
         if name == "devices" and isinstance(given, list):
@@ -61,7 +63,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"cannot read the settings {path}: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise ValueError(f"{path} is not valid {kind}: {error}") from None
     return values
 
 
@@ -96,13 +99,10 @@ def continued(saved: SimulateConfig, asked: SimulateConfig) -> SimulateConfig:
         ValueError: a setting differs that would make the result another one, or the run has more
             rounds than are asked for.
     """
-    before, after = saved.to_json(), asked.to_json()
-    changed = [n for n in before if n not in _FREE_ON_RESUME and before[n] != after[n]]
-    if changed:
-        listed = ", ".join(f"{flag(n)} {after[n]} (was {before[n]})" for n in changed)
+    if changed := _changed(saved, asked):
         raise ValueError(
-            f"the run in {asked.out} was started otherwise: {listed}; leave these flags out, or "
-            "start a new run with another --out"
+            f"the run in {asked.out} was started otherwise: {changed}; leave out these flags, or "
+            "the --preset or --config that they come from, or start a new run with another --out"
         )
     from fslora import checkpoint
 
@@ -114,3 +114,26 @@ def continued(saved: SimulateConfig, asked: SimulateConfig) -> SimulateConfig:
         )
     kept = {name: getattr(asked, name) for name in ("rounds", "out", "targets")}
     return replace(saved, **kept, resume=True)
+
+
+def why_taken(path: Path, asked: SimulateConfig) -> str:
+    """Say that a run folder holds a run, and whether that is the one that is asked for.
+
+    Args:
+        path: the settings in it.
+        asked: a run that is to begin there.
+
+    Raises:
+        ValueError: the settings in it are damaged.
+    """
+    saved = SimulateConfig(**merged(None, read_settings(path), str(path)))
+    if changed := _changed(saved, asked):
+        return f"{asked.out} already holds a run with other settings, {changed}; choose a new --out"
+    return f"{asked.out} already holds a run; go on with it by --resume, or choose another --out"
+
+
+def _changed(saved: SimulateConfig, asked: SimulateConfig) -> str:
+    """List the settings that would make the result another one."""
+    before, after = saved.to_json(), asked.to_json()
+    changed = [n for n in before if n not in _FREE_ON_RESUME and before[n] != after[n]]
+    return ", ".join(f"{flag(n)} {after[n]} (was {before[n]})" for n in changed)

@@ -21,7 +21,7 @@ from fslora.prepare import Run, examples_of, limits_of, make_client, make_clock,
 from fslora.privacy import epsilon
 from fslora.protocol import ServerState
 from fslora.server import ClientRecord, DivergedError, RoundRecord, rounds
-from fslora.settings import continued, merged, read_settings
+from fslora.settings import continued, merged, read_settings, why_taken
 from fslora.summary import summarise
 
 # What an extended run would contradict.
@@ -140,9 +140,7 @@ def checked_folder(config: SimulateConfig) -> SimulateConfig:
         saved = SimulateConfig(**merged(None, read_settings(settings), str(settings)))
         return continued(saved, config)
     if settings.is_file():
-        raise ValueError(
-            f"{config.out} already holds a run; go on with it by --resume, or choose another --out"
-        )
+        raise ValueError(why_taken(settings, config))
     return config
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 
 from fslora.options import Averaging, Sampler
@@ -126,10 +127,30 @@ class Privacy:
             raise ValueError(f"--dp-delta must be in (0, 1), got {self.delta}")
 
 
+def thin_coverage(strategy: str, rule: Rule, per_round: int, ratio: float) -> str:
+    """Warn where most ranks are trained by fewer clients than a rule needs, else say nothing.
+
+    Args:
+        strategy: its name.
+        rule: the robust rule.
+        per_round: clients of a round.
+        ratio: mean sketch ratio of the clients.
+    """
+    holders = per_round * (ratio if strategy in ("fslora", "fed-plora") else 1.0)
+    if rule.name not in ("median", "trimmed") or holders >= rule.min_coverage:
+        return ""
+    return (
+        f"a rank is trained by {holders:.3g} clients of a round on average, and --robust "
+        f"{rule.name} moves it only where {rule.min_coverage} did: lower --min-coverage, or raise "
+        "--per-round or --ratios"
+    )
+
+
 def check_trust(
     *,
     strategy: str,
     task: str,
+    per_round: int,
     averaging: Averaging,
     sampler: Sampler,
     over_select: float,
@@ -150,8 +171,15 @@ def check_trust(
             f"--robust {rule.name} defends strategies that average changes of shared ranks, and "
             f"{strategy} does not; use --strategy {', '.join(ROBUST[:-1])} or {ROBUST[-1]}"
         )
+    if rule.name in ("median", "trimmed") and rule.min_coverage > per_round:
+        raise ValueError(
+            f"--min-coverage {rule.min_coverage} is more than the --per-round {per_round} clients "
+            f"that can have trained a rank, so that --robust {rule.name} would move none; lower it"
+        )
     if privacy is None:
         return
+    if privacy.noise and find_spec("dp_accounting") is None:
+        raise ValueError("--dp-noise needs an accountant: pip install 'fslora[privacy]'")
     if strategy not in PRIVATE:
         raise ValueError(
             f"--dp-noise protects the plain sum of clients' changes, and {strategy} shares more; "

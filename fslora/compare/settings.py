@@ -158,8 +158,10 @@ class CompareConfig:
         )
         out = Path(self.run.out) / "search" / entry.folder / f"seed-{seed}" / _safe(place)
         rounds = self.search_rounds or -(-self.run.rounds // 2)
-        # Only the end of a trial is looked at.
-        only = {"validation": True, "rounds": rounds, "eval_every": rounds, "targets": ""}
+        # Only the end of a trial is looked at; one that is extended goes on as it was begun.
+        begun = out / "config.json"
+        every = read_settings(begun)["eval_every"] if begun.is_file() else rounds
+        only = {"validation": True, "rounds": rounds, "eval_every": every, "targets": ""}
         return self._config(entry, seed, values, out, only)
 
     def _config(

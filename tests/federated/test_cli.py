@@ -165,7 +165,12 @@ def test_settings_from_a_file_are_overridden_by_flags(settings, tmp_path, capsys
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("rnak = 3", "unknown setting"), ("rank = '3'", "not of type"), ("rank =", "not valid TOML")],
+    [
+        ("rnak = 3", "unknown setting"),
+        ("rank = '3'", "not of type"),
+        ("rank =", "not valid TOML"),
+        ("[[device]]", "write [[devices]]"),
+    ],
 )
 def test_a_bad_settings_file_is_named(tmp_path, line, message, capsys):
     path = tmp_path / "run.toml"

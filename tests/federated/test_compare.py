@@ -181,6 +181,18 @@ def test_the_search_is_equal_never_sees_test_rows_and_is_used(track):
     assert saved["split"]["evaluation"] != found["splits"]["1"]["evaluation"]
 
 
+def test_a_search_can_be_extended_with_the_comparison(track):
+    first = replace(track, strategies="fslora", seeds="0", search="lr=1e-3,3e-2", search_rounds=1)
+    compare(first, QUIET)
+    longer = compare(replace(first, search_rounds=3), QUIET)["datasets"][0]
+    assert len(longer["search"]["trials"]) == 2
+    folder = Path(track.run.out) / "search/fslora/seed-0/lr=0.03"
+    assert checkpoint.rounds_done(folder) == 3
+    again = tree(track.run.out)
+    compare(replace(first, search_rounds=3), QUIET)
+    assert tree(track.run.out) == again
+
+
 def test_with_eval_data_one_search_serves_all_seeds(track, texts):
     track = replace(track, search="lr=1e-3;server_lr=1,2", run=replace(track.run, eval_data=texts))
     assert [track.search_seed(seed) for seed in (0, 1)] == [0, 0]

@@ -134,3 +134,12 @@ def test_clients_of_a_device_with_a_ratio_of_its_own_have_it(settings):
     assert {name: dealt[name].name for name in names} == {name: same[name].name for name in names}
     with pytest.raises(ValueError, match="leave out --ratios 1/2"):
         replace(config, ratios="1/2")
+
+
+def test_shares_may_be_fractions():
+    fleet = read_fleet("phone:poor=1/3,laptop:median=1/3,gpu:5g=1/3")
+    assert fleet.counts(9) == [3, 3, 3]
+    with pytest.raises(ValueError, match=r"sum to 0.999; for thirds write 1/3"):
+        read_fleet("phone:poor=0.333,laptop:median=0.333,gpu:5g=0.333")
+    with pytest.raises(ValueError, match="is not COMPUTE:NETWORK=SHARE"):
+        read_fleet("phone:poor=1/0")

@@ -204,8 +204,10 @@ def test_a_folder_is_never_overwritten_nor_continued_otherwise(settings):
         simulate(replace(config, resume=True))
     simulate(config)
     before = outcome(config.out)
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="already holds a run; go on with it by --resume"):
         simulate(config)
+    with pytest.raises(ValueError, match=r"settings, --lr 0.5 \(was 0.01\); choose a new --out"):
+        simulate(replace(config, lr=0.5))
     with pytest.raises(ValueError, match=r"--lr 0.5 \(was 0.01\)"):
         simulate(replace(config, resume=True, lr=0.5))
     with pytest.raises(ValueError, match="has 2 rounds, and 1 are asked for"):

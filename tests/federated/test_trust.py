@@ -1,10 +1,12 @@
+import json
 import math
 
 import pytest
 
+from fslora import trust
 from fslora.config import SimulateConfig
 from fslora.strategies import STRATEGIES
-from fslora.trust import PRIVATE, ROBUST
+from fslora.trust import PRIVATE, ROBUST, Rule, thin_coverage
 
 BASE = {"model": "m", "data": "d"}
 DP = {"dp_clip": 1.0, "dp_noise": 1.0}
@@ -33,6 +35,7 @@ DP = {"dp_clip": 1.0, "dp_noise": 1.0}
             "--averaging inverse divides",
         ),
         ({**DP, "forward": "full", "averaging": "inverse"}, "--averaging inverse"),
+        ({"robust": "median", "per_round": 2}, "--min-coverage 3 is more than the --per-round 2"),
         ({**DP, "robust": "median"}, "--robust median releases no sum"),
         ({**DP, "quarantine": 2}, "--quarantine makes the draw"),
         (
@@ -65,3 +68,35 @@ def test_the_default_is_no_rule_no_attack_no_privacy():
 def test_privacy_is_among_the_clients_there_are():
     privacy = SimulateConfig(**BASE, **DP, clients=50, per_round=7).privacy(40)
     assert (privacy.clients, privacy.cohort) == (40, 7)
+
+
+def test_a_missing_accountant_is_missed_before_any_training(monkeypatch):
+    monkeypatch.setattr(trust, "find_spec", lambda _: None)
+    SimulateConfig(**BASE)
+    with pytest.raises(ValueError, match="needs an accountant: pip install"):
+        SimulateConfig(**BASE, **DP)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rule", "ratio", "warned"),
+    [
+        ("fslora", Rule("median"), 0.29, True),
+        ("fed-plora", Rule("trimmed"), 0.29, True),
+        ("fslora", Rule("median"), 0.3, False),
+        ("fslora", Rule("clip"), 0.1, False),
+        ("fedit", Rule("median"), 0.29, False),
+    ],
+)
+def test_ranks_that_too_few_clients_train_are_a_warning(strategy, rule, ratio, warned):
+    warning = thin_coverage(strategy, rule, 10, ratio)
+    assert bool(warning) == warned
+    assert not warned or "by 2.9 clients" in warning
+
+
+def test_the_mean_ratio_weighs_the_devices():
+    tables = [
+        {"compute": "phone", "network": "poor", "share": 0.75, "ratio": 0.25},
+        {"compute": "gpu", "network": "5g", "share": 0.25, "ratio": 1.0},
+    ]
+    assert SimulateConfig(**BASE, devices=json.dumps(tables)).mean_ratio == pytest.approx(0.4375)
+    assert SimulateConfig(**BASE, ratios="1/4,1/2").mean_ratio == 0.375
