@@ -50,6 +50,7 @@ class SimulateConfig:
         model: Hugging Face model id, a folder, or docs-base (the small model in this package).
         data: dataset id, folder, pattern such as texts/part_*, or file (txt, tsv, csv, json, jsonl,
             parquet, also .gz), or python-docs (the documentation of the Python that runs this).
+            Several txt files are a row each; a single one is cut into a piece for each client.
         eval_data: what to judge by; default a tenth of the data, held out.
         train_rows: deal at most so many rows of the data, evenly spread over it; 0 deals all.
         validation: leave that aside and judge by another tenth, of the clients' own data: for
@@ -61,9 +62,11 @@ class SimulateConfig:
         response_column: column with the response (instruction).
         header: whether tsv and csv files start with column names.
         reader: auto, or play for plays in plain text (columns speaker and text).
-        metric: score beside the loss, for classification.
-        partition: iid, dirichlet:ALPHA (skewed labels) or natural:COLUMN (one client a value;
-            natural:file is one client a file of a folder).
+        metric: score beside the loss, for classification; f1 of two classes is that of the last
+            by name, of more the mean over them.
+        partition: iid, dirichlet:ALPHA (skewed labels) or natural:COLUMN (one client a value, of
+            those with most rows; the other values' rows are left out; natural:file is one client
+            a file of a folder).
         clients: how many clients there are.
         per_round: how many train in a round.
         rank: R, rank of the shared adapter.
