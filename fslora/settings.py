@@ -136,4 +136,10 @@ def _changed(saved: SimulateConfig, asked: SimulateConfig) -> str:
     """List the settings that would make the result another one."""
     before, after = saved.to_json(), asked.to_json()
     changed = [n for n in before if n not in _FREE_ON_RESUME and before[n] != after[n]]
-    return ", ".join(f"{flag(n)} {after[n]} (was {before[n]})" for n in changed)
+    return ", ".join(f"{flag(n)} {_short(after[n])} (was {_short(before[n])})" for n in changed)
+
+
+def _short(value: object) -> str:
+    """Cut a value that is too long for a message, as a whole fleet is."""
+    text = str(value)
+    return text if len(text) < 60 else f"{text[:50]}…"
