@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from inspect import cleandoc
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -193,7 +194,7 @@ def _files(name: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, lis
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    return Path(expanduser(text))
 
 
 def _report(arguments: Sequence[str]) -> None:

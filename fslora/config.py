@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from pathlib import Path
+from os.path import expanduser
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
@@ -240,7 +240,7 @@ class SimulateConfig:
         """Refuse values that cannot work, each by its flag."""
         for name in ("model", "out"):  # of --out=~/runs no shell makes a folder
             if (value := getattr(self, name)).startswith("~"):
-                object.__setattr__(self, name, str(Path(value).expanduser()))
+                object.__setattr__(self, name, expanduser(value))
         if not self.model:
             raise ValueError("name a model: --model ID or FOLDER, or try --preset demo")
         if not self.data:

@@ -90,6 +90,7 @@ def test_a_tilde_is_the_home_folder(asked, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run.toml").write_text('data = "d"\nmodel = "~/m"\n')
     assert main(["simulate", "--config=~/run.toml", "--out=~/x"]) == 0
+    assert SimulateConfig(model="m", data="d", out="~nobody-here/x").out == "~nobody-here/x"
     assert (asked[0].out, asked[0].model) == (f"{tmp_path}/x", f"{tmp_path}/m")
 
 
