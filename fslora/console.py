@@ -86,12 +86,14 @@ def data_line(sizes: dict[str, int], partition: str) -> str:
     """Say who has how much, and what is left out.
 
     Args:
-        sizes: as ``data.federated.surveyed`` returns them.
+        sizes: as ``data.federated.sizes`` returns them.
         partition: the scheme.
     """
-    fewest, most = sizes["fewest_examples"], sizes["most_examples"]
+    fewest, most = sizes["fewest_texts"], sizes["most_texts"]
     each = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
-    line = f"{sizes['clients']:,} clients, {each} examples each; {sizes['held_out']:,} held out"
+    line = (
+        f"{sizes['clients']:,} clients, {each} texts each; {sizes['held_out']:,} examples held out"
+    )
     if sizes["judged_on"] < sizes["held_out"]:
         line += f", judged on {sizes['judged_on']:,}"
     if sizes["left_out_rows"]:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from fslora.config import SimulateConfig
 
 # What only the strategy fslora has.
-FSLORA_OPTIONS = (*("forward", "averaging", "sampler", "redraw", "depth", "depth_min_probability"),)
+FSLORA_OPTIONS = ("forward", "averaging", "sampler", "redraw", "depth", "depth_min_probability")
 
 
 class _Need(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 from fslora import checkpoint, disk, evaluation
 from fslora.client import LocalTrainer
 from fslora.config import SimulateConfig
-from fslora.data.federated import surveyed
+from fslora.data.federated import fingerprints, sizes
 from fslora.engines import sequential
 from fslora.export import save_adapter
 from fslora.models import take_state
@@ -36,7 +36,7 @@ class Watcher:
         on_start: called once, with the rounds already done and the bytes that they moved.
         on_client: called after each client.
         on_round: called after each round, with its record.
-        on_data: called once, with the sizes that ``data.federated.surveyed`` returns.
+        on_data: called once, with the sizes that ``data.federated.sizes`` returns.
         on_judging: called before a new run's model is judged, data and model being there.
     """
 
@@ -76,16 +76,15 @@ def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str
 
 def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
     run = prepare(config)
-    split, sizes = surveyed(run.data)
-    _check_split(run, split)
-    watcher.on_data(sizes)
+    _check_source(run)
+    watcher.on_data(sizes(run.data))
     with disk.explained_errors(run.folder, checkpoint.newest_round(run.folder)):
         if checkpoint.rounds_done(run.folder) < config.rounds:
             for name in _OF_THE_END:
                 (run.folder / name).unlink(missing_ok=True)
         settings = replace(config, resume=False).to_json()
         disk.write_json(run.folder / "config.json", settings)
-        state = _first_state(run, split, watcher.on_judging)
+        state = _first_state(run, watcher.on_judging)
     records = checkpoint.read_records(run.folder)
     watcher.on_start(state.round, sum(row["bytes_up"] + row["bytes_down"] for row in records))
     trainer = LocalTrainer(run.model, run.task, examples_of(run))
@@ -117,7 +116,7 @@ def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
     _write_adapter(run, state)
     records = checkpoint.read_records(run.folder)
     summary = summarise(config, state, run.ratio_of_id, records, run.model)
-    summary |= {"split": split, "data": sizes}
+    summary |= {"split": fingerprints(run.data), "data": sizes(run.data)}
     with disk.explained_errors(run.folder, checkpoint.of_round(state.round)):
         disk.write_json(run.folder / "summary.json", summary)
     return summary
@@ -155,20 +154,20 @@ def _write_adapter(run: Run, state: ServerState) -> None:
             )
 
 
-def _check_split(run: Run, split: dict[str, str]) -> None:
+def _check_source(run: Run) -> None:
     """Refuse to go on with other data; runs from before this was recorded go on unchecked."""
     records = checkpoint.read_records(run.folder) if checkpoint.has_state(run.folder) else []
-    before = records[0].get("split", split) if records else split
-    changed = [part for part in split if before[part] != split[part]]
+    source = run.data.source
+    before = records[0].get("source", source) if records else source
+    changed = [part for part in source if before[part] != source[part]]
     if changed:
         raise ValueError(
             f"the run in {run.folder} was started with other data ({' and '.join(changed)}): put "
-            "the files of --data, --eval-data and --model back, or start a new run with another "
-            "--out"
+            "the files of --data and --eval-data back, or start a new run with another --out"
         )
 
 
-def _first_state(run: Run, split: dict[str, str], on_judging: Callable[[], None]) -> ServerState:
+def _first_state(run: Run, on_judging: Callable[[], None]) -> ServerState:
     """The state to begin with: from the checkpoint, or fresh and evaluated once."""
     if run.config.resume and (saved := checkpoint.resume(run.folder)) is not None:
         return saved
@@ -177,7 +176,7 @@ def _first_state(run: Run, split: dict[str, str], on_judging: Callable[[], None]
     beginning = 0.0 if run.config.devices else None
     bare = RoundRecord(round=0, sim_seconds=beginning, sim_seconds_total=beginning)
     on_judging()
-    record = _evaluated(run, state, bare).to_json() | {"split": split}
+    record = _evaluated(run, state, bare).to_json() | {"source": run.data.source}
     checkpoint.append_record(run.folder, record)
     checkpoint.save_state(run.folder, state)
     return state

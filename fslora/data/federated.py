@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ class FederatedData:
         labels: the class names in the order of their ids; empty for tasks without classes.
         held_out: how many examples there are to judge by, also where fewer are kept.
         left_out: of a natural partition the rows, and the values of its column, of no client.
+        texts: how many rows each client has; blocks, where one text was cut.
+        source: digests of the rows that clients have ("clients") and are judged by ("evaluation"),
+            before any is tokenised.
     """
 
     names: list[str]
@@ -38,6 +41,8 @@ class FederatedData:
     labels: list[str]
     held_out: int = 0
     left_out: tuple[int, int] = (0, 0)
+    texts: tuple[int, ...] = ()
+    source: dict[str, str] = field(default_factory=dict)
 
 
 def load_federated(
@@ -110,7 +115,16 @@ def load_federated(
         if not task.surely_trains([rows[row] for row in indices]):
             _ = lazy[client]  # if it has nothing, that is said now
     evaluation, groups = _encode_evaluation(task, tokenizer, shares, classes)
-    return FederatedData(names, lazy, evaluation, groups, classes, len(evaluation), left_out)
+    texts = tuple(map(len, kept))
+    source = {
+        "clients": _rows_digest(
+            (name, [rows[row] for row in own]) for name, own in zip(names, kept, strict=True)
+        ),
+        "evaluation": _rows_digest((str(client), share) for client, share in shares),
+    }
+    return FederatedData(
+        names, lazy, evaluation, groups, classes, len(evaluation), left_out, texts, source
+    )
 
 
 def validation_split(data: FederatedData, task: Task, key: int) -> FederatedData:
@@ -149,30 +163,36 @@ def validation_split(data: FederatedData, task: Task, key: int) -> FederatedData
 
 
 def fingerprints(data: FederatedData) -> dict[str, str]:
-    """Say in a few letters who trains on what ("clients") and what judges them ("evaluation")."""
-    return surveyed(data)[0]
+    """Say in a few letters who trains on what ("clients") and what judges them ("evaluation").
 
-
-def surveyed(data: FederatedData) -> tuple[dict[str, str], dict[str, int]]:
-    """Return the fingerprints, and the sizes, of data in one pass over its clients."""
-    digest, sizes = _digest(name.encode() for name in data.names), []
+    It takes a pass over all clients, tokenising them; ``FederatedData.source`` takes none.
+    """
+    clients = _digest(name.encode() for name in data.names)
     for examples in data.clients:
-        digest += _examples_digest(examples)
-        sizes.append(len(examples))
-    left_out_rows, left_out_values = data.left_out
-    split = {
-        "clients": _digest([digest.encode()])[:16],
+        clients += _examples_digest(examples)
+    return {
+        "clients": _digest([clients.encode()])[:16],
         "evaluation": _examples_digest(data.evaluation)[:16],
     }
-    return split, {
-        "clients": len(sizes),
-        "fewest_examples": min(sizes),
-        "most_examples": max(sizes),
+
+
+def sizes(data: FederatedData) -> dict[str, int]:
+    """Say who has how much, what is held out, and what is left out."""
+    left_out_rows, left_out_values = data.left_out
+    return {
+        "clients": len(data.names),
+        "fewest_texts": min(data.texts),
+        "most_texts": max(data.texts),
         "held_out": data.held_out,
         "judged_on": len(data.evaluation),
         "left_out_rows": left_out_rows,
         "left_out_values": left_out_values,
     }
+
+
+def _rows_digest(parts: Iterable[tuple[str, Rows]]) -> str:
+    named = ((name, *(tuple(row.items()) for row in rows)) for name, rows in parts)
+    return _digest(repr(part).encode() for part in named)[:16]
 
 
 def _examples_digest(examples: Examples) -> str:
@@ -219,7 +239,20 @@ def _cut_text(
     ]
     _refuse_empty_evaluation(len(evaluation))
     count = len(evaluation)
-    return FederatedData(names, encoded, evaluation, [-1] * count, [], held_out=count)
+    source = {
+        "clients": _rows_digest([(str(names), rows)]),
+        "evaluation": _rows_digest([("", evaluation_rows or rows)]),
+    }
+    return FederatedData(
+        names,
+        encoded,
+        evaluation,
+        [-1] * count,
+        [],
+        held_out=count,
+        texts=tuple(map(len, encoded)),
+        source=source,
+    )
 
 
 def _last_tenths(parts: Sequence[Indices]) -> list[tuple[Indices, Indices]]:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fslora.data.causal_lm import CausalLM
 from fslora.data.classification import Classification
-from fslora.data.federated import _drawn_tenth, fingerprints, load_federated, surveyed
+from fslora.data.federated import _drawn_tenth, load_federated, sizes
 from fslora.data.instruction import Instruction
 from fslora.data.partition import partition
 from fslora.data.rows import read_rows
@@ -199,12 +199,11 @@ def test_what_a_natural_partition_leaves_out_is_counted_and_blanks_are_refused(n
     given = {"scheme": "natural:group", "key": 0}
     data = load_federated(rows, Classification(("text",), "label"), numbers, clients=2, **given)
     assert data.left_out == (18, 2)
-    split, sizes = surveyed(data)
-    assert split == fingerprints(data)
+    found = sizes(data)
     wanted = {"clients": 2, "held_out": 4, "judged_on": 4}
-    assert wanted.items() <= sizes.items()
-    assert sizes["fewest_examples"] < sizes["most_examples"] <= 24
-    assert (sizes["left_out_rows"], sizes["left_out_values"]) == (18, 2)
+    assert wanted.items() <= found.items()
+    assert found["fewest_texts"] < found["most_texts"] <= 24
+    assert (found["left_out_rows"], found["left_out_values"]) == (18, 2)
     for row in rows[4:8]:
         row["group"] = " "
     with pytest.raises(ValueError, match=r"4 of 60 rows have nothing in column 'group'.*fill them"):

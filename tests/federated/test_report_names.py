@@ -100,14 +100,14 @@ def test_the_bar_of_a_finished_run_stays_in_its_last_round_and_knows_what_moved(
 
 
 def test_the_data_in_a_line():
-    sizes = {"clients": 20, "fewest_examples": 12, "most_examples": 340, "held_out": 1340}
+    sizes = {"clients": 20, "fewest_texts": 12, "most_texts": 340, "held_out": 1340}
     sizes |= {"judged_on": 128, "left_out_rows": 300, "left_out_values": 5}
     assert data_line(sizes, "natural:package") == (
-        "20 clients, 12 to 340 examples each; 1,340 held out, judged on 128; "
+        "20 clients, 12 to 340 texts each; 1,340 examples held out, judged on 128; "
         "300 rows of 5 other values of package left out"
     )
-    even = {"fewest_examples": 7, "most_examples": 7, "judged_on": 1340, "left_out_rows": 0}
-    assert data_line(sizes | even, "iid") == "20 clients, 7 examples each; 1,340 held out"
+    even = {"fewest_texts": 7, "most_texts": 7, "judged_on": 1340, "left_out_rows": 0}
+    assert data_line(sizes | even, "iid") == "20 clients, 7 texts each; 1,340 examples held out"
 
 
 def test_the_command_reports_a_run_that_has_not_come_to_its_end(tmp_path, capsys):

@@ -228,7 +228,7 @@ def test_a_run_does_not_go_on_with_other_data(settings, tmp_path):
     assert outcome(config.out) == before
     assert json.loads((Path(config.out) / "config.json").read_text())["rounds"] == 2
     records_file = Path(config.out) / checkpoint.RECORDS_FILE
-    old = records_file.read_text().replace('"split"', '"of an older version"')
+    old = records_file.read_text().replace('"source"', '"of an older version"')
     records_file.write_text(old)
     simulate(replace(config, resume=True, rounds=3))
 
