@@ -11,6 +11,7 @@ from fslora.compare.settings import CompareConfig, Entry
 from fslora.compare.statistics import difference, ratio, spread, verdict
 from fslora.config import SimulateConfig, Target
 from fslora.report.records import is_number, read_object
+from fslora.report.units import score_name
 from fslora.summary import cost_of
 
 Record = dict[str, Any]
@@ -52,7 +53,7 @@ def tabulate(
     return {
         "name": config.title,
         "figure": figure,
-        "metric_name": config.run.metric if figure == "metric" else "next-token accuracy",
+        "metric_name": score_name(config.run.task, config.run.metric),
         "settings": config.run.to_json(),
         "seeds": list(config.seed_values),
         "splits": check_splits({key: runs[key] for key in read}),
