@@ -47,7 +47,7 @@ check-all: lint types imports $(INTEGRATIONS)  ## the long tiers too: kills, wid
 	$(PYTEST) -m 'not gpu and not interpreter'
 	TRITON_INTERPRET=1 $(PYTEST) -m interpreter
 
-peft: $(READY)  ## PEFT's own LoRA tests, vanilla and fused, into docs/peft.md (about ten minutes)
+peft: $(INTEGRATIONS)  ## PEFT's own LoRA tests, vanilla and fused, into docs/peft.md (about ten minutes)
 	$(BIN)/python -m tests.peft_suite
 
 bench: $(READY)  ## one adapted layer beside its peers at every sketch ratio (about ten minutes)
