@@ -3,6 +3,7 @@
 One line for each kernel, type, number of padded ranks and target, over all of its compilations or,
 without ``--all``, over a few that are evenly spaced among them: how many were compiled, the most
 registers and shared memory that any of them takes, spills, and the instruction of its products.
+With ``--only`` the other lines of the file that ``--out`` names stay as they are.
 """
 
 from __future__ import annotations
@@ -20,19 +21,28 @@ from fslora_kernels.aot import TARGETS, Report, Target, Variant
 Group = tuple[str, str, str, str]
 """Kernel, type, padded ranks, target."""
 
+HEAD = (
+    "| kernel | type | ranks | target | compiled | products | registers | spills | shared memory |",
+    "|---|---|---|---|---|---|---|---|---|",
+)
 
-def groups(per_group: int | None) -> dict[Group, list[tuple[Variant, Target]]]:
+
+def groups(
+    per_group: int | None, words: Sequence[str] = ()
+) -> dict[Group, list[tuple[Variant, Target]]]:
     """Return what to compile, by line of the table.
 
     Args:
         per_group: so many of each at most, evenly spaced; None takes all.
+        words: that a line's own must all be among.
     """
     found: dict[Group, list[tuple[Variant, Target]]] = {}
     for target in TARGETS:
         for variant in aot.variants(target):
             ranks = str(variant.constants.get("P", "–"))
             key = (variant.kernel, variant.dtype, ranks, target.name)
-            found.setdefault(key, []).append((variant, target))
+            if set(words) <= set(" ".join(key).split()):
+                found.setdefault(key, []).append((variant, target))
     if per_group is None:
         return found
     return {
@@ -53,25 +63,35 @@ def worst(reports: Sequence[Report]) -> Report:
     )
 
 
-def table(found: dict[Group, list[Report]], every: dict[Group, int]) -> str:
-    """Lay the groups out as a Markdown table."""
-    lines = [
-        "| kernel | type | ranks | target | compiled | products | registers | spills "
-        "| shared memory |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for (kernel, dtype, ranks, target), reports in found.items():
+def lines(found: dict[Group, list[Report]], every: dict[Group, int]) -> list[str]:
+    """Lay each group out as a line of the table."""
+    shown = []
+    for group, reports in found.items():
         most = worst(reports)
         spills = "none"
         if most.spilled or most.stack_bytes:
             spills = f"**{most.spilled} registers, {most.stack_bytes} B**"
-        lines.append(
-            f"| {kernel} | {dtype} | {ranks} | {target} | {len(reports)} of "
-            f"{every[kernel, dtype, ranks, target]} | {most.matrix_unit} | {most.registers} | "
-            f"{spills} | {most.shared_bytes / 1024:.0f} of "
+        shown.append(
+            f"{_start(group)} {len(reports)} of {every[group]} | {most.matrix_unit} | "
+            f"{most.registers} | {spills} | {most.shared_bytes / 1024:.0f} of "
             f"{most.shared_limit_bytes / 1024:.0f} KiB |"
         )
-    return "\n".join(lines)
+    return shown
+
+
+def _start(group: Group) -> str:
+    """How the line of a group begins."""
+    return f"| {' | '.join(group)} |"
+
+
+def updated(path: Path, new: Sequence[str], every: dict[Group, int]) -> list[str]:
+    """Return the lines of a file's table with new ones in their places, in the order of all."""
+    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    of: dict[str, str] = {}
+    starts = [_start(group) for group in every]
+    for line in [*old, *new]:
+        of |= {start: line for start in starts if line.startswith(start)}
+    return [of[start] for start in starts if start in of]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -83,27 +103,33 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--all", action="store_true", help="every compilation: an hour or two")
     parser.add_argument("--per-line", type=int, default=1, help="compilations of each line")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="lines with all of: half sm_90 …"
+    )
     parser.add_argument("--out", type=Path, help="write the table to this file too")
     chosen = parser.parse_args(arguments)
     every = {key: len(pairs) for key, pairs in groups(None).items()}
-    wanted = groups(None if chosen.all else chosen.per_line)
+    wanted = groups(None if chosen.all else chosen.per_line, chosen.only)
+    if not wanted:
+        parser.error(f"no line has all of these words: {' '.join(chosen.only)}")
     found: dict[Group, list[Report]] = {}
     with aot.private_cache():
         todo = [(key, *pair) for key, pairs in wanted.items() for pair in pairs]
         for key, variant, target in track(todo, description="compiling"):
             found.setdefault(key, []).append(aot.compile_variant(variant, target))
-    text = table(found, every)
-    print(text)
+    new = lines(found, every)
+    print("\n".join([*HEAD, *new]))
     if chosen.out:
         import triton
 
-        head = (
+        title = (
             "# What the kernels need, compiled ahead of time\n\n"
             f"`python -m benchmarks compiled`, triton {triton.__version__}. The largest figure of "
             "each line's compilations;\n`ranks` is the padded number. No GPU took part, and "
-            "nothing here is a time.\n\n"
+            "nothing here is a time.\n"
         )
-        chosen.out.write_text(head + text + "\n", encoding="utf-8")
+        kept = updated(chosen.out, new, every) if chosen.only else new
+        chosen.out.write_text("\n".join([title, *HEAD, *kept, ""]), encoding="utf-8")
     bad = [report for reports in found.values() for report in reports if report.problems()]
     for report in bad:
         print(f"{report.kernel} {report.dtype} {report.target}: {'; '.join(report.problems())}")
