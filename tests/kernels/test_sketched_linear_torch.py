@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from fslora_kernels import sketched_linear
-from fslora_kernels.ops.sketched_linear import backend_torch, cost
+from fslora_kernels.ops.sketched_linear import backend_torch, cost, interface
 from fslora_kernels.ops.sketched_linear.cases import CASES, Case
 from fslora_kernels.ops.sketched_linear.reference import reference
 from fslora_kernels.testing import check_error_budget, inputs, value_and_gradients
@@ -71,6 +73,15 @@ def test_dropout_without_a_seed_follows_torchs_generator():
         torch.manual_seed(0)
         assert torch.equal(first, sketched_linear(**arguments, dropout=0.3))
     assert not torch.equal(first, second)
+
+
+def test_a_graph_under_capture_refuses_to_draw_a_mask(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    on_gpu = SimpleNamespace(is_cuda=True)
+    with pytest.raises(NotImplementedError, match="capture without dropout"):
+        interface._drawn_seed(on_gpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert interface._drawn_seed(on_gpu) >= 0
 
 
 @settings(max_examples=40, deadline=None)

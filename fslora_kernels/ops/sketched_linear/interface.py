@@ -51,7 +51,8 @@ def sketched_linear(
             alpha / sketch_size, for rsLoRA alpha · √rank / sketch_size. Not differentiated.
         rank_weight: ``[sketch_size]``, multiplies the hidden ranks. Not differentiated.
         dropout: probability of dropping an input feature of the adapter (not of the base layer).
-        seed: of the dropout mask; None draws one from torch's generator, as nn.Dropout would.
+        seed: of the dropout mask; None draws one from torch's generator, as nn.Dropout would, but
+            on the host, which a CUDA graph under capture refuses.
         implementation: "torch", "triton", or None for "auto" (inside ``torch.compile``: torch's
             products, around which the compiler fuses; "triton" is one operator of the graph).
 
@@ -60,7 +61,8 @@ def sketched_linear(
 
     Raises:
         ValueError: shapes, devices or the index set do not fit together.
-        NotImplementedError: the requested implementation cannot run this call.
+        NotImplementedError: the requested implementation cannot run this call, or a CUDA graph
+            would keep its dropout mask for ever.
 
     Example:
         >>> x, weight = torch.ones(2, 8), torch.eye(8)
@@ -108,7 +110,7 @@ def unchecked(
     if not dropout:
         seed = 0
     elif seed is None and not traced:
-        seed = int(torch.randint(2**63 - 1, (), device="cpu").item())
+        seed = _drawn_seed(x)
     x_TD = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     run = traceable if traced else compute
     if widens(x, lora_a, lora_b):
@@ -118,6 +120,16 @@ def unchecked(
         arguments = Arguments(x_TD, weight, lora_a, lora_b, index, bias, gain, dropout, seed)
         y_TE = run(arguments, implementation)
     return y_TE if x.ndim == 2 else y_TE.view(*x.shape[:-1], y_TE.shape[1])
+
+
+def _drawn_seed(x: Tensor) -> int:
+    """Draw a seed on the host, as torch's generator says."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise NotImplementedError(
+            "a CUDA graph would replay the one dropout mask that it was captured with; capture "
+            "without dropout, or leave the graph to torch.compile(mode='reduce-overhead')"
+        )
+    return int(torch.randint(2**63 - 1, (), device="cpu").item())
 
 
 def is_traced(x: Tensor) -> bool:
