@@ -250,7 +250,10 @@ def _run(config: object) -> None:
             summary = simulate(config, watcher)
     except KeyboardInterrupt:
         if (folder / "config.json").is_file():
-            raise KeyboardInterrupt("go on with the same command and --resume") from None
+            raise KeyboardInterrupt(
+                "go on with the same command and --resume, or draw what there is: "
+                f"fslora report {folder}"
+            ) from None
         raise KeyboardInterrupt("nothing was begun yet") from None
     closing_table(summary, console)
     try:
