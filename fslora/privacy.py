@@ -4,8 +4,9 @@
 
 ‖Δᵢ‖ is over all modules and heads of a client's scattered change together; the noise is on every
 coordinate that anybody could have moved, whoever did, since noise on the trained ranks alone would
-tell who took part; n is the size of the drawn cohort, however many answer. Index sets come from
-keys, not from data. A rejected or missing update counts as zero.
+tell who took part; n is the size of the drawn cohort, however many answer. A client's index sets
+come from keys, not from data nor from who else takes part. A rejected or missing update counts as
+zero.
 
 Accounting. A cohort is n of N clients, uniformly and without replacement, so neighbours are two
 populations of the same N of whom one is another client (replace-one). Replacing one client moves

@@ -186,9 +186,14 @@ def check_trust(
             f"use --strategy {', '.join(PRIVATE[:-1])} or {PRIVATE[-1]}"
         )
     refused = {
-        f"--sampler {sampler}": (
+        "--sampler importance": (
             sampler == "importance",
             "weighs a client's ranks by what others have learnt, which no clipping bounds",
+        ),
+        "--sampler balanced": (
+            sampler == "balanced",
+            "lets who takes part decide which ranks the others train, so that one client moves "
+            "their changes too",
         ),
         f"--averaging {averaging}": (
             averaging != "participants",

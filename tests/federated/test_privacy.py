@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from typing import get_args
 
 import dp_accounting
 import pytest
@@ -9,11 +10,13 @@ from dp_accounting.rdp import RdpAccountant
 from fslora import checkpoint
 from fslora.config import SimulateConfig
 from fslora.engines import sequential
+from fslora.options import Sampler
 from fslora.privacy import epsilon, private
-from fslora.protocol import LoRAWeights
+from fslora.protocol import LocalRule, LoRAWeights
 from fslora.robust import update_norm
 from fslora.server import run_round
 from fslora.simulate import simulate
+from fslora.strategies import fslora
 from fslora.trust import PRIVATE, Privacy
 
 from .hostile import CLIENTS, RANK, honest, small_state
@@ -79,6 +82,26 @@ def one_loud(task, factor):
         delta={n: LoRAWeights(*(t * factor for t in p)) for n, p in loud.delta.items()},
         extras={n: t * factor for n, t in loud.extras.items()},
     )
+
+
+@pytest.mark.parametrize("sampler", get_args(Sampler))
+def test_a_replaced_client_moves_the_sum_by_no_more_than_twice_the_bound(sampler):
+    """Of the samplers that are let through: the others' ranks do not depend on who it is."""
+    settings = {"model": "m", "data": "d", "dp_clip": 1.0, "dp_noise": 1.0, "sampler": sampler}
+    if sampler in ("importance", "balanced"):
+        with pytest.raises(ValueError, match=f"--sampler {sampler}"):
+            SimulateConfig(**settings)
+        return
+    SimulateConfig(**settings)
+    sums = []
+    for replaced in ("before", "zero"):  # both ends of the order that "balanced" goes by
+        cohort = [replaced, *CLIENTS]
+        _, state = small_state(dtype=torch.float64)
+        strategy = fslora(dict.fromkeys(cohort, 1 / 2), LocalRule(), sampler=sampler)
+        safe = private(strategy, Privacy(1.0, 0.0, 5, 20), "fedavg", 1.0)
+        new = tensors_of(after_round(state, safe, cohort=cohort))
+        sums.append(torch.cat([5 * (new[n] - t).flatten() for n, t in tensors_of(state).items()]))
+    assert 1 < float((sums[0] - sums[1]).norm()) <= 2 + 1e-9
 
 
 @pytest.mark.parametrize("name", PRIVATE)

@@ -30,6 +30,7 @@ DP = {"dp_clip": 1.0, "dp_noise": 1.0}
         ({**DP, "dp_delta": 0.0}, "--dp-delta must be in"),
         ({**DP, "averaging": "count"}, "--averaging count divides by what clients trained"),
         ({**DP, "sampler": "importance"}, "--sampler importance weighs a client's ranks"),
+        ({**DP, "sampler": "balanced"}, "--sampler balanced lets who takes part decide"),
         (
             {**DP, "forward": "full", "averaging": "inverse", "depth": "uniform"},
             "--averaging inverse divides",
