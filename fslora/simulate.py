@@ -145,13 +145,12 @@ def checked_folder(config: SimulateConfig) -> SimulateConfig:
 
 def _write_adapter(run: Run, state: ServerState) -> None:
     """Write the global adapter as a PEFT checkpoint, where all clients have one model."""
-    states = run.strategy.evaluated(state)
-    if len(states) == 1:
-        with disk.explained_errors(run.folder, checkpoint.of_round(state.round)):
-            disk.replace_folder(
-                run.folder / "adapter",
-                lambda folder: save_adapter(run.model, states[0], Path(folder)),
-            )
+    if run.config.strategy == "local-only":
+        return
+    with disk.explained_errors(run.folder, checkpoint.of_round(state.round)):
+        disk.replace_folder(
+            run.folder / "adapter", lambda folder: save_adapter(run.model, state, Path(folder))
+        )
 
 
 def _check_source(run: Run) -> None:

@@ -175,6 +175,18 @@ def test_local_only_is_judged_by_the_mean_of_its_clients(settings, tmp_path):
     assert all(pair.lora_b.eq(0).all() for pair in state.adapters.values()), "nothing is averaged"
 
 
+def test_local_only_leaves_no_adapter_wherever_it_stops(settings, tmp_path):
+    config = SimulateConfig(**settings, strategy="local-only")
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # in round 1, when all have the initial model
+        simulate(config, Watcher(on_client=stop))
+    assert checkpoint.load_state(tmp_path / "run").round == 0
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
 @pytest.mark.parametrize("name", ["flora", "hetlora", "local-only", "centralised", "ffa-lora"])
 def test_heads_are_trained_with_every_kind_of_strategy(settings, tiny_bert, tmp_path, name):
     changes = {"model": str(tiny_bert), "task": "classification", "partition": "iid"}
