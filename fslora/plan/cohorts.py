@@ -24,12 +24,14 @@ class MeanRound:
             where no update could ever be used.
         asked: clients that are sent something.
         answered: clients that send something back in time, used or not.
+        useful: share of the rounds in which any update is used; the others move no model.
     """
 
     seconds: float
     shares: Floats
     asked: Floats
     answered: Floats
+    useful: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,13 @@ class Cohorts:
         waited = np.where(self.present, np.minimum(seconds, limit), 0.0).max(axis=1)
         count = used.sum(axis=1, keepdims=True)
         weight = used / np.maximum(count, 1)
-        heard = max(int((count > 0).sum()), 1)
+        useful = float((count > 0).mean())
         return MeanRound(
             seconds=float(np.where(np.isfinite(kth), kth, waited).mean()),
-            shares=self._by_class(weight) * len(weight) / heard,
+            shares=self._by_class(weight) / (useful or 1.0),
             asked=self._by_class(self.present),
             answered=self._by_class(in_time),
+            useful=useful,
         )
 
     def _by_class(self, weight: NDArray[np.generic]) -> Floats:

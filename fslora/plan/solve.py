@@ -28,7 +28,7 @@ class Outlook:
 
     Attributes:
         sizes: S of each class.
-        rounds: to the target.
+        rounds: to the target, those without a used update among them.
         rounds_low: 5th percentile.
         rounds_high: 95th percentile.
         round_seconds: mean of a round.
@@ -83,8 +83,10 @@ class Problem:
         if not mean.shares.any():
             never = [math.inf] * 7
             return Outlook(sizes, *never, asked=tuple(mean.asked))  # type: ignore[misc,arg-type]
-        rounds = self.fit.rounds(ratios, mean.shares)
-        low, high = self.fit.interval(ratios, mean.shares) if interval else (rounds, rounds)
+        rounds = self.fit.rounds(ratios, mean.shares) / mean.useful
+        low = high = rounds
+        if interval:
+            low, high = (end / mean.useful for end in self.fit.interval(ratios, mean.shares))
         down = np.array([self.costs.down_bytes(size) for size in sizes])
         up = np.array([self.costs.up_bytes(size) for size in sizes])
         watts = np.array([device.watts for device in devices])

@@ -183,3 +183,15 @@ def test_nobody_in_time_is_refused():
     fleet = Fleet((device("flaky", dropout=1 - 1e-12),))
     with pytest.raises(ValueError, match="no answer would be used"):
         solve(problem(fleet), 0)
+
+
+def test_a_round_without_an_answer_is_paid_for_and_brings_the_target_no_nearer():
+    sure, flaky = (
+        problem(Fleet((device("a", dropout=p),)), cohort=1, per_round=1) for p in (0.0, 0.5)
+    )
+    lost = 1 - flaky.cohorts.mean_round(np.ones(1), np.zeros(1)).useful
+    assert lost == pytest.approx(0.5, abs=0.08)
+    once, twice = sure.outlook((3,)), flaky.outlook((3,))
+    for figure in ("rounds", "rounds_high", "seconds", "joules"):
+        assert getattr(twice, figure) == pytest.approx(getattr(once, figure) / (1 - lost))
+    assert twice.asked == pytest.approx((once.rounds / (1 - lost),))
