@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fslora.devices import Device, Fleet
 from fslora.plan.costs import Costs
-from fslora.report.units import format_bytes, format_seconds
+from fslora.report.units import format_bytes, format_enough, format_seconds
 
 
 class InfeasibleFleetError(ValueError):
@@ -63,14 +63,15 @@ def _why(costs: Costs, device: Device, limits: Limits) -> str:
         return (
             f"{device.name}: a round at S = 1 takes {format_seconds(compute + rest)} "
             f"({format_seconds(compute)} of it computing) and the deadline is "
-            f"{format_seconds(limits.deadline)}; raise --deadline to {compute + rest:.3g}, lower "
+            f"{format_seconds(limits.deadline)}; raise --deadline to "
+            f"{format_enough(compute + rest)}, lower "
             "--local-steps, or leave it out of --devices"
         )
     moved = costs.down_bytes(1) + costs.up_bytes(1)
     return (
         f"{device.name}: a round at S = 1 moves {format_bytes(moved)} and --traffic-mb allows "
-        f"{format_bytes(limits.traffic_bytes)}; raise it to {moved / 1e6:.3g}, or adapt fewer "
-        "--target-modules"
+        f"{format_bytes(limits.traffic_bytes)}; raise it to {format_enough(moved / 1e6)}, or adapt "
+        "fewer --target-modules"
     )
 
 

@@ -1,5 +1,6 @@
 """Figures and names as people read them: bytes, seconds, ratios, models and data."""
 
+import math
 from fractions import Fraction
 from pathlib import PurePath
 
@@ -39,6 +40,13 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_enough(value: float) -> str:
+    """A limit of three digits that is at least the value: 4.2913 → "4.3"."""
+    nearest = float(f"{value:.3g}")
+    last_digit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{nearest if nearest >= value else nearest + last_digit:g}"
 
 
 def format_ratio(ratio: float) -> str:

@@ -1,6 +1,7 @@
 """The choice: who is waited for, scipy's search against enumeration, limits and their remedies."""
 
 import itertools
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -177,6 +178,17 @@ def test_deadline_and_traffic_name_what_they_would_have_to_be():
         feasible_sizes(COSTS, fleet, Limits(deadline=1.0))
     with pytest.raises(InfeasibleFleetError, match=r"slow: .* raise it to 2e-05"):
         feasible_sizes(COSTS, fleet, Limits(traffic_bytes=10.0))
+
+
+@pytest.mark.parametrize("more", range(7))
+def test_what_is_named_suffices(more):
+    costs = replace(COSTS, flops=Line(30.0 + more, 10.0), up_bytes=Line(more * 1001.3, 10.0))
+    fleet = Fleet((device("slow", up_bits_per_second=1e9),))
+    for flag, unit, limit in (("deadline", 1, "deadline"), ("it", 1e6, "traffic_bytes")):
+        with pytest.raises(InfeasibleFleetError) as error:
+            feasible_sizes(costs, fleet, Limits(**{limit: 1e-3}))
+        named = float(re.search(rf"raise (?:--)?{flag} to ([^,]+),", str(error.value)).group(1))
+        assert feasible_sizes(costs, fleet, Limits(**{limit: named * unit}))
 
 
 def test_nobody_in_time_is_refused():

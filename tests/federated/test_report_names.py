@@ -13,7 +13,7 @@ from fslora.report import format_bytes
 from fslora.report.page import NAMES
 from fslora.report.plots import draw_loss
 from fslora.report.records import read_run
-from fslora.report.units import format_ratio, format_seconds, score_name, short_name
+from fslora.report.units import format_enough, format_ratio, format_seconds, score_name, short_name
 from fslora.strategies import STRATEGIES
 
 from .test_report import SUMMARY, config, page_of, write_run
@@ -80,6 +80,8 @@ def test_a_local_path_is_named_shortly_and_a_hub_name_whole():
 def test_format_seconds_and_ratios():
     seconds = [format_seconds(s) for s in (0, 0.0042, 0.04999, 4.21, 59.96, 3599.4, 7512)]
     assert seconds == ["0.0 s", "4.2 ms", "50 ms", "4.2 s", "1 min 0 s", "59 min 59 s", "2 h 5 min"]
+    enough = [format_enough(x) for x in (4.29, 4.2901, 12.34, 1234.5, 2e-05, 9.999, 1.0)]
+    assert enough == ["4.29", "4.3", "12.4", "1240", "2e-05", "10", "1"]
     ratios = [format_ratio(r) for r in (0.125, 1.0, 0.3, 1 / 3, 0.3141)]
     assert ratios == ["1/8", "1", "3/10", "1/3", "0.314"]
 
