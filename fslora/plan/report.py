@@ -8,6 +8,7 @@ from math import ceil, inf
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fslora.config import SimulateConfig
@@ -17,6 +18,8 @@ from fslora.plan.settings import PlanConfig
 from fslora.plan.solve import Outlook, Problem, Solution
 from fslora.report.units import format_bytes, format_seconds
 
+# Of three pilots the two constants are exact, and no residual of a whole run turns an interval up.
+_TELLING = 4
 # Of a plan's own run, or said by the devices.
 _LEFT_OUT = ("out", "resume", "ratios", "devices", "rounds")
 
@@ -138,13 +141,14 @@ def show(plan: Plan, console: Console) -> None:
     """Print the plan."""
     problem, best = plan.problem, plan.solution.outlook
     table = Table(title="The plan", title_justify="left")
-    for head in ("class", "share", "S", "a round", "up", "down", "memory"):
-        table.add_column(head, justify="left" if head == "class" else "right", no_wrap=True)
+    table.add_column("class", overflow="fold")
+    for head in ("share", "S", "a round", "up", "down", "memory"):
+        table.add_column(head, justify="right", no_wrap=True)
     costs = problem.costs
     for number, device in enumerate(problem.fleet.devices):
         size = best.sizes[number]
         table.add_row(
-            device.name,
+            escape(device.name),
             f"{device.share:.0%}",
             f"{size}/{costs.rank}",
             format_seconds(sum(costs.seconds(device, size))),
@@ -200,6 +204,8 @@ def what_pilots_say(plan: Plan) -> list[str]:
         mixing = "not the bound's mean of inverse ratios (q = 1)" + (
             ": unequal clients do better than it says" if order < 1 else ""
         )
+    if plan.config.pilot_seeds * (len(plan.config.pilot_sizes) + 1) < _TELLING:
+        verdict = mixing = "fitted to as few pilots as can be, so that nothing says how sure it is"
     return [
         f"Pilots: S = {least} needs {slow:.2f} times the rounds of S = {rank} "
         f"[{low:.2f}, {high:.2f}]: {verdict}.",

@@ -6,14 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from fslora.clock import Clock
+from fslora.config import SimulateConfig
 from fslora.devices import Fleet
 from fslora.plan.bound import Effort, Fit
 from fslora.plan.cohorts import Cohorts, draw_cohorts
 from fslora.plan.costs import Costs, Line
 from fslora.plan.limits import InfeasibleFleetError, Limits, feasible_sizes
-from fslora.plan.solve import Problem, solve
+from fslora.plan.report import Plan, show
+from fslora.plan.settings import PlanConfig
+from fslora.plan.solve import Problem, Solution, solve
 
 from .test_devices import device, task
 
@@ -189,6 +193,24 @@ def test_what_is_named_suffices(more):
             feasible_sizes(costs, fleet, Limits(**{limit: 1e-3}))
         named = float(re.search(rf"raise (?:--)?{flag} to ([^,]+),", str(error.value)).group(1))
         assert feasible_sizes(costs, fleet, Limits(**{limit: named * unit}))
+
+
+def test_a_terminal_shows_names_as_they_are_and_all_figures_beside_a_long_one(capsys):
+    fleet = Fleet((device("phone [old]", share=0.25), device("s" * 90, share=0.75)))
+    run = SimulateConfig(model="m", data="d", rank=6, devices="gpu:5g", targets="loss:2")
+    config, made = PlanConfig(run, pilot_ratios="1/6,1/2,1"), problem(fleet)
+    best = made.outlook((2, 5))
+    plan = Plan(config, made, Solution(best, True), best, best, Limits())
+    show(plan, Console(width=80))
+    shown = capsys.readouterr().out
+    assert "│ phone [old] " in shown
+    for figure in ("25%", "75%", "5/6", "50 B", "1.1 kB"):
+        assert f" {figure} │" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "how sure" not in shown
+    few = replace(plan, config=replace(config, pilot_ratios="1/6,1"))
+    show(few, Console(width=80))
+    assert capsys.readouterr().out.count("nothing says how sure it is") == 2
 
 
 def test_nobody_in_time_is_refused():
