@@ -124,11 +124,11 @@ def free_bytes(device: torch.device) -> float:
 
 
 def table_of(device: Device) -> str:
-    """A device as a [[device]] table, without a ratio that it has not."""
+    """A device as a [[device]] table, without a ratio that it has not; a last line may be open."""
     import tomli_w
 
     values = {name: value for name, value in asdict(device).items() if value or name != "ratio"}
-    return f"[[device]]\n{tomli_w.dumps(values)}\n"
+    return f"\n[[device]]\n{tomli_w.dumps(values)}"
 
 
 def _names(path: Path) -> list[str]:
