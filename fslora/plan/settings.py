@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -58,11 +58,12 @@ class PlanConfig:
             raise ValueError(
                 f"--strategy {self.run.strategy}: the bound that plans are made by is FSLoRA's"
             )
-        for name, planned in (("redraw", "round"), ("depth", "all")):
-            if getattr(self.run, name) != planned:
+        for name, planned in (("redraw", "round"), ("depth", "all"), ("faults", "''")):
+            value = getattr(self.run, name)
+            if value not in (planned, ""):
                 raise ValueError(
-                    f"--{name} {getattr(self.run, name)}: a plan counts rounds with --{name} "
-                    f"{planned} only; leave it out"
+                    f"--{name} {value}: a plan counts rounds with --{name} {planned} only; leave "
+                    "it out"
                 )
         for name, low in (("traffic_mb", 0), ("pilot_rounds", 0), ("pilot_seeds", 1)):
             if not getattr(self, name) >= low:
@@ -73,7 +74,8 @@ class PlanConfig:
                 f"sketch at --rank {self.run.rank}; a dependence needs two"
             )
         _ = self.fleet, self.target
-        if self.run.ratios != SimulateConfig.__dataclass_fields__["ratios"].default:
+        unsaid = replace(self.run, ratios=SimulateConfig.__dataclass_fields__["ratios"].default)
+        if self.run.ratio_values != unsaid.ratio_values:  # a run's config.json has them as numbers
             raise ValueError(
                 f"--ratios {self.run.ratios}: a plan chooses the ratios; leave it out, or say by "
                 "--pilot-ratios which ones its pilots have"
@@ -104,9 +106,11 @@ class PlanConfig:
         """S of the uniform pilots, ascending."""
         try:
             ratios = [float(Fraction(part.strip())) for part in self.pilot_ratios.split(",")]
-        except (ValueError, ZeroDivisionError):
-            raise ValueError(f"--pilot-ratios {self.pilot_ratios!r} are no numbers") from None
-        return tuple(sorted({sketch_size(self.run.rank, ratio) for ratio in ratios}))
+            return tuple(sorted({sketch_size(self.run.rank, ratio) for ratio in ratios}))
+        except (ValueError, ArithmeticError):
+            raise ValueError(
+                f"--pilot-ratios {self.pilot_ratios!r} are not numbers in (0, 1] such as 1/8,1/4,1"
+            ) from None
 
 
 @dataclass(frozen=True, slots=True)

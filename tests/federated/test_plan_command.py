@@ -138,7 +138,9 @@ BAD = {
     "targets": ({"targets": "0.5,0.6"}, "name one target"),
     "strategy": ({"strategy": "fedit"}, "the bound that plans are made by is FSLoRA's"),
     "redraw": ({"redraw": "step", "forward": "full"}, "counts rounds with --redraw round only"),
+    "faults": ({"faults": "slow=0.5"}, "--faults slow=0.5: a plan counts rounds with --faults ''"),
     "ratios": ({"ratios": "1/2"}, "a plan chooses the ratios"),
+    "above 1": ({"pilot_ratios": "2,1"}, "--pilot-ratios '2,1' are not numbers in (0, 1]"),
     "pilots": ({"pilot_ratios": "1/8,1/9"}, "1 different size of sketch"),
     "watts": ({"goal": "energy", "devices": "gpu:5g"}, "give gpu:5g its watts"),
 }
@@ -172,6 +174,13 @@ def test_a_plan_takes_a_file_of_settings_and_flags_over_it(asked, tmp_path, caps
     assert "far phone: a round at S = 1 takes" in capsys.readouterr().err
 
 
+def test_a_plan_takes_what_a_run_has_saved(asked, tmp_path, capsys):
+    saved = tmp_path / "config.json"
+    saved.write_text(json.dumps(SimulateConfig(**asked).to_json()))
+    assert main(["plan", f"--config={saved}", "--deadline=1e-3"]) == 2
+    assert "far phone: a round at S = 1 takes" in capsys.readouterr().err
+
+
 def test_a_plan_that_could_not_be_written_is_refused_before_any_pilot(asked, tmp_path, capsys):
     pilots, file = tmp_path / "pilots", tmp_path / "file"
     file.write_text("")
@@ -189,6 +198,7 @@ def test_a_probe_checks_its_figures_before_it_measures(settings, bad):
 
 def test_a_probe_writes_a_device_that_a_fleet_takes(settings, tmp_path, capsys):
     table = tmp_path / "devices.toml"
+    table.write_text("# by hand, without an end of line")
     probing = flags(settings, name="mine", table=table, seconds=0.01, up_mbit=5, share=0.5)
     assert main(["probe", *probing]) == 0
     assert "Gflop/s" in capsys.readouterr().out
