@@ -88,13 +88,13 @@ def count_costs(run: Run) -> Costs:
     strategy = make_strategy(config, ratio_of)
     state = strategy.init(*take_state(model), config.seed)
     tasks = strategy.assign(state, _CLIENTS)
-    longest = longest_of(run.data.evaluation, config.batch_size)
+    held = [min(len(examples), config.batch_size) for examples in run.data.clients]
+    longest = longest_of(run.data.evaluation, max(held))
     trainer = LocalTrainer(model, run.task, dict.fromkeys(_CLIENTS, longest))
     step_flops = step_counter(trainer, run.data.evaluation)
-    held = [min(len(examples), config.batch_size) for examples in run.data.clients]
     # A client with fewer examples than a batch is charged its share of one.
     batches = config.local_steps * config.accumulation
-    batches_held = batches * sum(held) / len(held) / min(len(longest), config.batch_size)
+    batches_held = batches * sum(held) / len(held) / max(held)
 
     def line(figure: Callable[[ClientTask], float]) -> Line:
         least, whole = map(figure, tasks)
@@ -148,10 +148,13 @@ def _held(trainer: LocalTrainer, task: ClientTask) -> list[Tensor]:
 
 
 def longest_of(examples: Examples, count: int) -> Examples:
-    """Return the examples of most tokens: a device must have the memory for them."""
+    """Return the examples of most tokens: a device must have the memory for them.
+
+    Where there are fewer than ``count``, some come more than once.
+    """
     lengths = examples.tensors["attention_mask"].sum(dim=1)
-    rows = lengths.argsort(descending=True, stable=True)[:count]
-    return Examples(examples.take(rows))
+    order = lengths.argsort(descending=True, stable=True)
+    return Examples(examples.take(order[torch.arange(count) % len(order)]))
 
 
 def _repeated(model: torch.nn.Module) -> tuple[float, int]:

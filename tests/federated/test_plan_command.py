@@ -76,6 +76,19 @@ def test_two_counted_rounds_give_every_size(settings, forward):
         assert costs.memory_bytes.each > 4.1 * costs.up_bytes.each
 
 
+@pytest.mark.parametrize(("batch_size", "eval_examples"), [(4, 1), (64, 0)])
+def test_memory_is_that_of_the_clients_batch_however_many_are_judged(
+    settings, batch_size, eval_examples
+):
+    changes = {"batch_size": batch_size, "eval_examples": eval_examples}
+    config = SimulateConfig(**{**settings, **changes})
+    run = prepare(config)
+    strategy = make_strategy(config, {"c": 1.0})
+    (task,) = strategy.assign(strategy.init(*take_state(run.model), 0), ["c"])
+    trainer = LocalTrainer(run.model, run.task, {"c": run.data.clients[0]})
+    assert count_costs(run).memory_bytes(8) == pytest.approx(round_bytes(trainer, task), rel=0.02)
+
+
 def test_a_plan_is_made_kept_and_simulated(asked, tmp_path, capsys):
     given = flags(asked, pilot_ratios="1/8,1")
     assert main(["plan", *given]) == 0
