@@ -149,7 +149,7 @@ def fit(curves: Sequence[Curve], target: float, rank: int, seed: int) -> Fit:
     """
     start = float(np.mean([curve.values[0] for curve in curves]))
     levels = np.linspace((start + target) / 2, target, _LEVELS)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):  # a level that a run began beyond
         logs = np.log(np.array([curve.rounds_to(levels) for curve in curves]))
     known = np.isfinite(logs)
     if not known[:, -1].any():

@@ -79,3 +79,10 @@ def test_pilots_that_say_too_little_are_refused():
         fit(learnt, 2.0, RANK, 0)
     with pytest.raises(ValueError, match="fewer than two pilots of uniform ratios"):
         fit(learnt[2:], TARGET, RANK, 0)
+
+
+def test_levels_that_a_run_began_beyond_say_nothing_of_it():
+    learnt = curves(Effort(0.8, -1.0))
+    ahead = Curve(np.array([1 / 2]), ONE, np.array([3.2, 3.1, 2.9]))
+    fitted = fit([*learnt, ahead], TARGET, RANK, 0)  # without a warning, which would be an error
+    assert np.isfinite(fitted.full_rounds).all()
