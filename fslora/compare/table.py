@@ -184,6 +184,7 @@ def _pair(one: Record, other: Record, figure: str) -> Record:
     ones = {run["seed"]: run for run in one["runs"] if not run["failed"]}
     others = {run["seed"]: run for run in other["runs"] if not run["failed"]}
     seeds = [seed for seed in ones if seed in others]
+    every = [run["seed"] for run in one["runs"]]
     found = difference([ones[s][figure] for s in seeds], [others[s][figure] for s in seeds])
     said = {"higher": figure == "metric", "lower": figure == "loss"}
     better = said.get(verdict(found, 0))
@@ -193,20 +194,26 @@ def _pair(one: Record, other: Record, figure: str) -> Record:
         "difference": found,
         "winner": None if better is None else (one if better else other)["label"],
         "targets": [
-            _pair_target(mine, theirs, one["label"], other["label"])
+            _pair_target(mine, theirs, every, one["label"], other["label"])
             for mine, theirs in zip(one["targets"], other["targets"], strict=True)
         ],
     }
 
 
-def _pair_target(mine: Record, theirs: Record, one: str, other: str) -> Record:
-    """Quotients of the costs of reaching a target, where both reached it in every common seed."""
+def _pair_target(
+    mine: Record, theirs: Record, seeds: Sequence[int], one: str, other: str
+) -> Record:
+    """Quotients of the costs of reaching a target, where both reached it in every seed.
+
+    A run that failed did not: the seeds that are left would be the easier ones.
+    """
     ours = {cost["seed"]: cost for cost in mine["seeds"]}
     its = {cost["seed"]: cost for cost in theirs["seeds"]}
-    seeds = [seed for seed in ours if seed in its]
     result: Record = {"figure": mine["figure"], "value": mine["value"]}
     for key in ("bytes_up", "bytes_down", "bytes", "sim_seconds"):
-        known = all(is_number(cost[seed][key]) for cost in (ours, its) for seed in seeds)
+        known = all(
+            seed in costs and is_number(costs[seed][key]) for costs in (ours, its) for seed in seeds
+        )
         found = (
             ratio([ours[s][key] for s in seeds], [its[s][key] for s in seeds])
             if known
