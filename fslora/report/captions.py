@@ -1,7 +1,7 @@
 """One sentence under each picture that says what one sees in it, with the run's own figures."""
 
 from fslora.report.records import Run
-from fslora.report.units import format_bytes, format_ratio, format_seconds
+from fslora.report.units import counted, format_bytes, format_ratio, format_seconds
 
 TITLES = {
     "loss.png": "losses against rounds",
@@ -32,7 +32,7 @@ def _loss_caption(run: Run) -> str:
     metric = run.series("eval_metric")[1]
     if metric:
         text += f" and its {run.score} {_moved(metric[0], metric[-1])}"
-    text += f" in {run.rounds_done} round{'s' * (run.rounds_done != 1)}"
+    text += f" in {counted(run.rounds_done, 'round')}"
     if run.series("eval_loss_sketched")[1]:
         text += "; dashed, the same adapter seen through the clients' sketches"
     return text + "."

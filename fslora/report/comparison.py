@@ -21,7 +21,7 @@ from fslora.report.comparison_tables import (
 )
 from fslora.report.page import document, figures, table
 from fslora.report.records import Record, read_object
-from fslora.report.units import short_name
+from fslora.report.units import counted, short_name
 
 Pictures = dict[str, bytes]
 
@@ -97,12 +97,13 @@ def caption(data: Record, name: str) -> str:
         if each["final"][data["figure"]]["mean"] is not None
     }
     best = (max if data["figure"] == "metric" else min)(ended, key=lambda label: ended[label])
-    text = f"{figure_name(data)} against {_axis(name)}, means over {len(data['seeds'])} seeds"
+    seeds = counted(len(data["seeds"]), "seed")
+    text = f"{figure_name(data)} against {_axis(name)}, means over {seeds}"
     if len(data["seeds"]) > 1:
         text += f" with 95% intervals{'' if has_bands(data) else ' at their ends'}"
     if name == "rounds.png":
         text += f". The best mean at the end is {value_of(ended[best], data)}, of {best}"
-    elif any(not each["final"][_COST[name]]["mean"] for each in data["strategies"]):
+    elif any(each["final"][_COST[name]]["mean"] == 0 for each in data["strategies"]):
         text += "; a dotted line across is a method that pays nothing, where it ended"
     return text[0].upper() + text[1:] + "."
 
@@ -120,17 +121,20 @@ def _axis(name: str) -> str:
 
 def _title(datasets: list[Record]) -> str:
     names = ", ".join(data["name"] for data in datasets)
-    return f"{len(datasets[0]['strategies'])} ways to federate LoRA on {names}"
+    labels = {each["label"] for data in datasets for each in data["strategies"]}
+    return f"{counted(len(labels), 'way')} to federate LoRA on {names}"
 
 
 def _sentence(data: Record) -> str:
-    settings, seeds = data["settings"], len(data["seeds"])
+    settings, seeds = data["settings"], counted(len(data["seeds"]), "seed")
     devices = "; devices and networks are simulated" if settings["devices"] else ""
     return (
-        f"{settings['clients']} clients, {settings['per_round']} a round, for {settings['rounds']} "
-        f"rounds of {settings['local_steps']} local steps of {settings['batch_size']} examples; "
+        f"{counted(settings['clients'], 'client')}, {settings['per_round']} a round, for "
+        f"{counted(settings['rounds'], 'round')} of "
+        f"{counted(settings['local_steps'], 'local step')} of "
+        f"{counted(settings['batch_size'], 'example')}; "
         f"{short_name(settings['model'])} on {short_name(settings['data'])}, partition "
-        f"{settings['partition']}, rank {settings['rank']}; {seeds} seed{'s' * (seeds != 1)}, the "
+        f"{settings['partition']}, rank {settings['rank']}; {seeds}, the "
         f"splits of each the same for all methods (checked){devices}."
     )
 

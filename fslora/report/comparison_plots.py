@@ -1,5 +1,6 @@
 """The pictures of a comparison: the figure against rounds, bytes and simulated time."""
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from fslora.report.comparison_tables import figure_name, value_of
@@ -22,6 +23,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK
 DASHES = ("-", "--", ":")
 _LEGEND_ROW = 0.22  # inches
 _LEGEND_LETTERS = 44  # of the names in a line; their figures come on top
+_LINE_LETTERS = 66  # of a name and its figure in a line of their own
 _MOST_BANDS = 4
 _MANY_DECADES = 1e3
 _LOG_FROM = 5.0  # where costs differ more than this, the cheap methods would share a sliver
@@ -60,14 +62,18 @@ def draw_curves(data: Record, against: str) -> "Figure | None":
         return None
     size, label = _unit(against, max(paid))
     columns = _legend_columns(list(curves))
-    figure = empty_figure(3.4 + _LEGEND_ROW * -(-len(curves) // columns))
+    labels = {
+        name: textwrap.fill(f"{name} {value_of(curve[-1]['value']['mean'], data)}", _LINE_LETTERS)
+        for name, curve in curves.items()
+    }
+    rows = sum(len(text.splitlines()) for text in labels.values())
+    figure = empty_figure(3.4 + _LEGEND_ROW * -(-rows // columns))
     axes = figure.subplots()
     logarithmic = against != "round" and max(paid) > _LOG_FROM * min(paid)
     lines, bars = [], []
     for place, (name, curve) in enumerate(curves.items()):
         style: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)]}
-        last = value_of(curve[-1]["value"]["mean"], data)
-        style["label"] = f"{name} {last}"
+        style["label"] = labels[name]
         if not _cost(curve[-1], against):
             if _cost(curve[-1], against) is None:
                 continue

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from fslora.report.records import Record, is_number
-from fslora.report.units import format_bytes, format_seconds
+from fslora.report.units import counted, format_bytes, format_seconds
 
 ABSENT = "–"
 
@@ -60,7 +60,8 @@ def final_table(data: Record) -> Table:
             ]
         )
     count = len(data["seeds"])
-    note = f"Means over {count} seed{'s' * (count != 1)} after {data['settings']['rounds']} rounds."
+    rounds = counted(data["settings"]["rounds"], "round")
+    note = f"Means over {counted(count, 'seed')} after {rounds}."
     if count == 1:
         note += " One seed gives no interval, and no winner can be called."
     return Table("After the last round", note, heads, rows)
@@ -104,9 +105,10 @@ def _target_table(data: Record, place: int) -> Table:
     rows = []
     for each in data["strategies"]:
         cost = each["targets"][place]
-        seeds = len(cost["seeds"])
-        all_reached = seeds > 0 and cost["reached"] == seeds
-        row = [each["label"], f"{cost['reached']} of {seeds} seeds" if cost["reached"] else "never"]
+        seeds = len(each["runs"])
+        all_reached = cost["reached"] == seeds
+        reached = f"{cost['reached']} of {counted(seeds, 'seed')}" if cost["reached"] else "never"
+        row = [each["label"], reached]
         for key, form in (
             ("round", "{:.1f}".format),
             ("bytes_up", format_bytes),

@@ -55,6 +55,11 @@ def format_ratio(ratio: float) -> str:
     return str(fraction) if abs(fraction - ratio) < 1e-9 else f"{ratio:.3g}"
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things: "1 seed", "3 seeds"."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def short_name(name: str) -> str:
     """A model's or data set's name in a sentence: of an absolute path the last two parts."""
     path = PurePath(name)

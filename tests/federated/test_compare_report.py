@@ -8,6 +8,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from fslora.compare.statistics import spread
+from fslora.compare.table import _pair_target
 from fslora.report.comparison import caption, render_comparison, render_markdown, write_comparison
 from fslora.report.comparison_plots import draw_comparison, draw_curves, has_bands
 from fslora.report.comparison_tables import formatted, notes, paper_table, target_tables
@@ -90,6 +91,30 @@ def test_costs_to_a_target_are_given_only_where_every_seed_reached_it(data):
     assert (rows[EVIL]["reached"], rows[EVIL]["up"]) == ("1 of 2 seeds", "–")
     assert rows[EVIL]["bytes ×"] == "0.40 [0.30, 0.50] ✓"
     assert rows["zero-shot"]["reached"] == "never"
+
+
+def test_a_failed_run_did_not_reach_the_target(data):
+    data["strategies"][0]["targets"][0]["seeds"] = [{}]  # as of the run that is left
+    data["strategies"][0]["targets"][0]["reached"] = 1
+    data["strategies"][0]["runs"][1]["failed"] = "diverged"
+    [table] = target_tables(data)
+    assert table.rows[0][1:4] == ["1 of 2 seeds", "–", "–"]
+    costs = [{"seed": seed, **dict.fromkeys((*COSTS, "round"), 2.0)} for seed in (0, 1)]
+    mine, theirs = ({"figure": "loss", "value": 3.5, "seeds": costs[:n]} for n in (1, 2))
+    for one, other in ((mine, theirs), (theirs, mine)):
+        assert _pair_target(one, other, [0, 1], "a", "b")["bytes"]["mean"] is None
+    assert _pair_target(theirs, theirs, [0, 1], "a", "b")["bytes"]["mean"] == 1
+
+
+def test_one_of_anything_is_called_one(data):
+    one = dataset(strategy("fslora", [3.0], 10, reached=1), seeds=[0])
+    one["settings"] |= {"clients": 1, "rounds": 1, "local_steps": 1, "batch_size": 1}
+    text = render_markdown([one]) + caption(one, "rounds.png")
+    for what in ("1 way to", "1 client,", "1 round of 1 local step of 1 example;", "over 1 seed."):
+        assert what in text
+    assert not re.search(r"\b1 (way|client|round|local step|example|seed)s", text)
+    data["strategies"][2]["final"]["bytes"] = spread([])
+    assert "pays nothing" not in caption(data, "bytes.png"), "it failed, and is not drawn"
 
 
 def test_everything_is_escaped_and_nothing_fetched(data, tmp_path):
@@ -210,3 +235,16 @@ def test_long_names_get_a_line_of_their_own_and_many_decades_fewer_ticks(data):
     assert columns == 1
     assert far
     assert all(round(math.log10(at), 6) % 1 == 0 for at in far)
+
+
+def test_the_longest_name_and_its_figure_are_inside_the_picture():
+    name = "fslora:averaging=count,sampler=class-shared," + "ratios=1/8" + ",1/4" * 30
+    with house_style():
+        figure = draw_curves(dataset(strategy(name, [3.0, 3.1], 10)), "round")
+        figure.draw_without_rendering()
+        letters = figure.legends[0].get_texts()[0]
+        inside = figure.bbox
+        for box in (letters.get_window_extent(), figure.axes[0].get_tightbbox()):
+            assert inside.x0 <= box.x0 < box.x1 <= inside.x1
+            assert inside.y0 <= box.y0 < box.y1 <= inside.y1
+    assert letters.get_text().endswith("3.050")
