@@ -7,6 +7,7 @@ import signal
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def run_all(
         ValueError: a folder holds another run, or a run cannot work; names the remedy.
         FileNotFoundError: a file that is not there.
         NotImplementedError: the implementation cannot run on the device.
+        StoppedRunError: a process of the several was ended from outside.
     """
     left = [config for config in configs if not finished(config)]
     if jobs == 1 or len(left) < 2:
@@ -112,6 +114,11 @@ def _in_processes(
                 ended, waiting = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
                 failures |= {futures[future]: _reason(future.result()) for future in ended}
                 on_round()
+        except BrokenProcessPool:
+            raise StoppedRunError(
+                "a process was ended from outside, as a system does that is out of memory; take "
+                "fewer --jobs: the same command goes on where it was"
+            ) from None
         except BaseException:
             # Ended at any moment, a run can be continued; waiting for it could take hours.
             pool.shutdown(wait=False, cancel_futures=True)

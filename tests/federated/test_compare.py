@@ -4,7 +4,8 @@ import json
 import math
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from fslora.compare.statistics import difference, ratio, spread, t_quantile, ver
 from fslora.compare.table import check_splits
 from fslora.config import SimulateConfig
 from fslora.data.federated import fingerprints
-from fslora.errors import is_for_the_user
+from fslora.errors import StoppedRunError, is_for_the_user
 from fslora.prepare import prepare
 from fslora.server import NoUsableUpdateError
 from fslora.simulate import Watcher, simulate
@@ -133,6 +134,17 @@ def test_another_process_tells_the_user_as_this_one_does(track, monkeypatch):
     hopeless = replace(track, jobs=2, run=replace(track.run, text_column="nothing"))
     with pytest.raises(ValueError, match="nothing") as caught:
         compare(hopeless, QUIET)
+    assert is_for_the_user(caught.value)
+
+
+def test_a_process_that_the_system_ends_is_one_clear_message(track, monkeypatch):
+    def killed(_):
+        raise BrokenProcessPool  # as the pool does for every run when one of its processes is gone
+
+    monkeypatch.setattr(compare_runs, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(compare_runs, "_train_apart", killed)
+    with pytest.raises(StoppedRunError, match="fewer --jobs") as caught:
+        compare(replace(track, jobs=2), QUIET)
     assert is_for_the_user(caught.value)
 
 
