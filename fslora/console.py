@@ -23,7 +23,7 @@ from fslora.report.units import format_seconds
 from fslora.server import ClientRecord, RoundRecord
 from fslora.simulate import Watcher
 
-_NARROW = 60  # columns, below which the table's would be empty
+_AMPLE = 1000  # columns: any table fits
 
 
 @contextmanager
@@ -128,20 +128,20 @@ def closing_table(summary: dict[str, Any], console: Console) -> None:
         _share(moved / full if full else None),
         _change(summary["eval_loss_before"], summary["eval_loss_after"]),
     )
-    if console.width < _NARROW:
+    table = Table(title="What each capacity class paid, and what it got", title_justify="left")
+    for head in ("ratio", "S", "clients", "up", "down", "of full rank", "loss"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for line in rows:
+        table.add_row(*line)
+    table.add_section()
+    table.add_row(*every)
+    if console.measure(table, options=console.options.update(width=_AMPLE)).maximum > console.width:
         for ratio, _, clients, up, down, share, loss in [*rows, every]:
             of_full = "" if share == "–" else f", {share} of full rank"
             who = ratio if ratio == "all" else f"ratio {ratio}"
             console.print(f"{who}: {clients} clients, {up} up, {down} down{of_full}")
             console.print(f"  loss {loss}")
     else:
-        table = Table(title="What each capacity class paid, and what it got", title_justify="left")
-        for head in ("ratio", "S", "clients", "up", "down", "of full rank", "loss"):
-            table.add_column(head, justify="right", no_wrap=True)
-        for line in rows:
-            table.add_row(*line)
-        table.add_section()
-        table.add_row(*every)
         console.print(table)
     if summary["eval_metric_after"] is not None:
         change = _change(summary["eval_metric_before"], summary["eval_metric_after"])

@@ -62,6 +62,10 @@ def test_a_narrow_terminal_gets_lines_and_a_wide_one_a_table():
         assert figure in narrow
         assert figure in wide
     assert max(map(len, narrow.splitlines())) <= 40
+    for width in range(50, 100):
+        shown = printed(width, eval_loss_before=12.345)
+        assert "12.345 → 3.250" in shown
+        assert "…" not in shown
     assert "ratio 0.5: 11 clients" in narrow
     assert "\nall: 24 clients" in narrow
 
