@@ -131,8 +131,8 @@ class Fleet:
         total = sum(device.share for device in self.devices)
         if abs(total - 1) > 1e-6:
             raise ValueError(
-                f"--devices: the shares must sum to 1, they sum to {total:.9g}; for thirds write 1/3, "
-                "and in a file 0.3333333"
+                f"--devices: the shares must sum to 1, they sum to {total:.9g}; for thirds write "
+                "1/3, and in a file 0.3333333"
             )
         if 0 in self.ratios and any(self.ratios):
             raise ValueError("--devices: give every device its own ratio, or none")

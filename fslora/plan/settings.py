@@ -74,7 +74,8 @@ class PlanConfig:
                 f"sketch at --rank {self.run.rank}; a dependence needs two"
             )
         _ = self.fleet, self.target
-        unsaid = replace(self.run, ratios=SimulateConfig.__dataclass_fields__["ratios"].default)
+        default: Any = SimulateConfig.__dataclass_fields__["ratios"].default
+        unsaid = replace(self.run, ratios=default)
         if self.run.ratio_values != unsaid.ratio_values:  # a run's config.json has them as numbers
             raise ValueError(
                 f"--ratios {self.run.ratios}: a plan chooses the ratios; leave it out, or say by "

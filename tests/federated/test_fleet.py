@@ -141,7 +141,7 @@ def test_shares_may_be_fractions():
     assert fleet.counts(9) == [3, 3, 3]
     with pytest.raises(ValueError, match=r"sum to 0.999; for thirds write 1/3"):
         read_fleet("phone:poor=0.333,laptop:median=0.333,gpu:5g=0.333")
-    with pytest.raises(ValueError, match="sum to 1.0000012; "):
+    with pytest.raises(ValueError, match=r"sum to 1\.0000012; "):
         read_fleet("phone:poor=0.5,laptop:median=0.5000012")
     third = {"compute": "gpu", "network": "5g", "share": 0.3333333}  # as the message has it
     assert read_fleet(json.dumps([{**third, "name": name} for name in "abc"])).counts(9) == [3] * 3
