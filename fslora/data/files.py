@@ -41,8 +41,10 @@ def read_file(path: Path, *, header: bool = True, play: bool = False) -> Rows:
             rows = _rows_of_table(_TABLES[suffix](content), header=header)
         else:
             rows = _read_play(content) if play else _READERS[suffix](content)
-    except (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply; give each row as one flat object") from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     if not rows:
@@ -102,7 +104,15 @@ def _tsv_lines(content: bytes) -> Lines:
 def _csv_lines(content: bytes) -> Lines:
     csv.field_size_limit(2**31 - 1)  # a document may be longer than the default of 131,072
     reader = csv.reader(io.StringIO(_decode(content), newline=""), strict=True)
-    return ((reader.line_num, fields) for fields in reader if fields)
+    try:
+        for fields in reader:
+            if fields:
+                yield reader.line_num, fields
+    except csv.Error as error:
+        raise ValueError(
+            f"line {reader.line_num}: {error}; a field with a comma or quote in it is quoted, and "
+            'a quote in it doubled: "so ""quoted"""'
+        ) from None
 
 
 def _rows_of_table(lines: Lines, *, header: bool) -> Rows:
@@ -148,7 +158,15 @@ def _json_row(value: object, where: str) -> dict[str, str]:
         raise ValueError(  # noqa: TRY004 - a malformed file, no caller's mistake
             f"{where} is no object; each row is an object {{column: value, …}}"
         )
-    return {name: as_text(field) for name, field in value.items()}
+    row = {name: as_text(field) for name, field in value.items()}
+    try:
+        "".join([*row, *row.values()]).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} has half a character, {error.object[error.start]!r}, as of an emoji cut in "
+            "two; take it out"
+        ) from None
+    return row
 
 
 def _read_parquet(content: bytes) -> Rows:

@@ -100,7 +100,7 @@ def _dirichlet(
 ) -> list[Indices]:
     if labels is None:
         raise ValueError("a dirichlet partition needs labels; give --label-column, or use iid")
-    label_of = np.asarray(labels)
+    label_of = _texts(labels)
     parts: list[list[int]] = [[] for _ in range(clients)]
     for label in np.unique(label_of):
         rows = rng.permutation(np.flatnonzero(label_of == label))
@@ -116,6 +116,11 @@ def _dirichlet(
     return [np.array(part, dtype=np.int64) for part in parts]
 
 
+def _texts(values: Sequence[str]) -> npt.NDArray[np.object_]:
+    """As numpy's own strings all would be as long as the longest, and lose NULs at their end."""
+    return np.asarray(values, dtype=np.object_)
+
+
 def _natural(clients: int, column: str, groups: Sequence[str] | None) -> list[Part]:
     if groups is None:
         raise ValueError(f"natural:{column} needs a table with that column; plain text has none")
@@ -126,7 +131,7 @@ def _natural(clients: int, column: str, groups: Sequence[str] | None) -> list[Pa
             f"for at most {len(sizes)} clients"
         )
     largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:clients]
-    names, group_of = np.unique(np.asarray(groups), return_inverse=True)
+    names, group_of = np.unique(_texts(groups), return_inverse=True)
     order, ends = np.argsort(group_of, kind="stable"), np.cumsum(np.bincount(group_of))
     rows_of = dict(zip(names.tolist(), np.split(order, ends[:-1]), strict=True))
     return [Part(name, rows_of[name]) for name in largest]

@@ -104,3 +104,9 @@ def test_missing_labels_or_groups_are_refused():
         partition("dirichlet:1", 2, count=4, key=0)
     with pytest.raises(ValueError, match="needs a table"):
         partition("natural:g", 2, count=4, key=0)
+
+
+def test_a_nul_at_the_end_is_part_of_a_value():
+    values = ["a\0", "a", "a\0", "b"]
+    parts = partition("natural:g", 3, count=4, groups=values, key=0)
+    assert {p.name: p.indices.tolist() for p in parts} == {"a\0": [0, 2], "a": [1], "b": [3]}
