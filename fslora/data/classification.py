@@ -56,13 +56,13 @@ class Classification:
         names = sorted(set(column(rows, self.label_column)))
         if len(names) < 2 or "" in names:
             raise ValueError(
-                f"the labels in column {self.label_column!r} are {', '.join(map(repr, names))}; a "
+                f"the labels in column {self.label_column!r} are {_listed(names)}; a "
                 "classifier needs two or more, none of them empty: name another --label-column"
             )
         return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
 
     def encode(self, rows: Rows, tokenizer: Tokenizer, classes: Sequence[str]) -> Examples:
-        """One example per row, padded to the longest.
+        """One example per row, padded to the longest; a text of no tokens is one filler.
 
         Raises:
             ValueError: a row's label is none of `classes`.
@@ -72,8 +72,8 @@ class Classification:
         unknown = sorted(set(labels) - set(ids))
         if unknown:
             raise ValueError(
-                f"unknown labels {', '.join(map(repr, unknown))} in column {self.label_column!r}; "
-                f"the training rows have {', '.join(map(repr, classes))}"
+                f"unknown labels {_listed(unknown)} in column {self.label_column!r}; "
+                f"the training rows have {_listed(classes)}"
             )
         encoded = tokenizer(
             *(column(rows, name) for name in self.text_columns),
@@ -82,7 +82,10 @@ class Classification:
         )
         fillers = {"input_ids": tasks.pad_id(tokenizer), "attention_mask": 0, "token_type_ids": 0}
         tensors = {
-            name: tasks.padded(encoded[name], filler)
+            name: tasks.padded(
+                [own or [1 if name == "attention_mask" else filler] for own in encoded[name]],
+                filler,
+            )
             for name, filler in fillers.items()
             if name in encoded
         }
@@ -109,3 +112,9 @@ class Classification:
         guess = logits_all.argmax(dim=-1)
         value = score(self.metric, truth_all.numpy(), guess.numpy(), logits_all.shape[-1])
         return Evaluation(loss, value, len(truth_all))
+
+
+def _listed(labels: Sequence[str]) -> str:
+    """The first labels, for a message: a column that was named by mistake has thousands."""
+    more = f" and {len(labels) - 10:,} more" if len(labels) > 10 else ""
+    return ", ".join(map(repr, labels[:10])) + more

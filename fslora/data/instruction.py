@@ -44,15 +44,19 @@ class Instruction:
         return (*self.prompt_columns, self.response_column)
 
     def surely_trains(self, rows: Rows) -> bool:
-        """Whether there is a row."""
-        return bool(rows)
+        """Whether there are rows, and each has a response."""
+        return bool(rows) and all(map(str.strip, column(rows, self.response_column)))
 
     def class_names(self, rows: Rows) -> list[str]:  # noqa: ARG002 - the same call for all tasks
         """No classes."""
         return []
 
     def encode(self, rows: Rows, tokenizer: Tokenizer, classes: Sequence[str]) -> Examples:  # noqa: ARG002
-        """One example per row, padded to the longest."""
+        """One example per row, padded to the longest.
+
+        Raises:
+            ValueError: a response has no tokens.
+        """
         texts = ["\n\n".join(filter(None, fields)) for fields in columns(rows, self.prompt_columns)]
         prompts = _ids(tokenizer, [TEMPLATE.format(prompt=text) for text in texts])
         responses = _ids(tokenizer, column(rows, self.response_column))
@@ -61,6 +65,12 @@ class Instruction:
             prompts = [[start, *prompt] for prompt in prompts]
         if end is not None:
             responses = [[*response, end] for response in responses]
+        if missing := responses.count([]):
+            raise ValueError(
+                f"{missing:,} of {len(rows):,} rows have nothing in column "
+                f"{self.response_column!r}, and the tokenizer has no end of text to answer with: "
+                "fill them in or take them out"
+            )
         return self._examples(prompts, responses, tasks.pad_id(tokenizer))
 
     def _examples(

@@ -45,6 +45,21 @@ def test_numbers_sort_by_value():
     assert Classification().class_names([*rows, {"label": "x"}]) == ["1", "10", "9", "x"]
 
 
+def test_a_text_of_no_tokens_is_one_filler(bare_words):
+    rows = [{"one": text, "label": "no"} for text in ("", "a b")]
+    tensors = Classification(("one",)).encode(rows, bare_words, ["no", "yes"]).tensors
+    assert tensors["input_ids"].tolist() == [[0, 0], [1, 2]]
+    assert tensors["attention_mask"].tolist() == [[1, 0], [1, 1]]
+
+
+def test_a_column_named_by_mistake_is_not_listed_whole(words):
+    rows = [{"one": "a", "label": f"{n:04}" if n else ""} for n in range(2000)]
+    with pytest.raises(ValueError, match=r"'', '0001', .*, '0009' and 1,990 more; a classifier"):
+        Classification().class_names(rows)
+    with pytest.raises(ValueError, match=r"'0009' and 1,990 more in .*; the .* have 'no', 'yes'$"):
+        Classification(("one",)).encode(rows, words, ["no", "yes"])
+
+
 @pytest.mark.parametrize("labels", [["1", "1"], ["1", ""], []])
 def test_labels_must_be_two_or_more_and_not_empty(labels):
     with pytest.raises(ValueError, match=r"name another --label-column|no column"):

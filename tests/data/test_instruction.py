@@ -54,6 +54,15 @@ def test_without_special_tokens_there_are_none(bare_words):
     assert task().encode(rows, bare_words, []).tensors["input_ids"].tolist() == [[1, 2, 0, 0, 3]]
 
 
+def test_a_missing_response_is_refused_where_nothing_can_stand_for_it(words, bare_words):
+    rows = [{"ask": "a", "more": "b", "answer": answer} for answer in ("c", " ", "")]
+    assert task().surely_trains(rows[:1])
+    assert not task().surely_trains(rows), "it is looked at before training"
+    with pytest.raises(ValueError, match=r"2 of 3 rows have nothing in column 'answer'.*fill them"):
+        task().encode(rows, bare_words, [])
+    assert task().encode(rows, words, []).tensors["labels"].max(1).values.tolist() == [5, 2, 2]
+
+
 def test_the_likeliest_candidate_is_normalised_by_its_length(template_words):
     # After "Response:" (14): c with p=.5, d with p=.3. After c: the end (2) surely; after d: d or
     # the end. The candidates are "c" (p = .5) and "d d" (p = .3 * .6 * .4, but three tokens).
