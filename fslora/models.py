@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,20 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 import fslora_kernels
 from fslora.client import heads
 from fslora.config import SimulateConfig
 from fslora.data import tasks
+from fslora.fitness import check_complete, check_config, check_positions, fresh_modules
 from fslora.protocol import Adapters, Extras, LoRAWeights
 from fslora_kernels.seeds import fold_in
 
 # A model that lies in this package, by the name it is asked for.
 BUILT_IN = {"docs-base": "assets/base"}
+_HEADS = ("classifier", "score")  # of sequence classification, as PEFT names them
 
 
 def model_path(model: str) -> str:
@@ -71,28 +76,29 @@ def load_tokenizer(config: SimulateConfig) -> Any:  # noqa: ANN401
     Raises:
         ValueError: it cannot be loaded.
     """
-    try:
-        return AutoTokenizer.from_pretrained(model_path(config.model))
-    except (OSError, ValueError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise _unloadable("tokenizer", config.model, error) from error
+    path = model_path(config.model)
+    with _explained("tokenizer", config):
+        return AutoTokenizer.from_pretrained(path)
 
 
-def load_model(config: SimulateConfig, labels: list[str], pad_token_id: int) -> PeftModel:
+def load_model(
+    config: SimulateConfig, labels: list[str], pad_token_id: int, highest_id: int = 0
+) -> PeftModel:
     """Load the base model, freeze it, put a fresh rank-R adapter on it, and fuse it.
 
     Args:
         config: which model, dtype, device, adapter.
         labels: class names (classification).
         pad_token_id: told to classifiers, which look for the last token that is none.
+        highest_id: of the tokens that it will read.
 
     Returns:
         The fused PEFT model in its device; heads are trained whole.
 
     Raises:
-        ValueError: it cannot be loaded, the target modules are not in it, texts may be longer than
-            its context, or it cannot be trained on the next token.
+        ValueError: it cannot be loaded, lacks weights, the target modules are not in it, texts may
+            be longer than its context or have tokens that it does not know, or it cannot be trained
+            for the task.
         NotImplementedError: the implementation cannot run on the device.
     """
     transformers_logging.set_verbosity_error()
@@ -106,20 +112,20 @@ def load_model(config: SimulateConfig, labels: list[str], pad_token_id: int) -> 
         settings |= {"id2label": dict(enumerate(labels))}
     with torch.random.fork_rng():
         torch.manual_seed(fold_in(config.seed, "initial weights"))
-        try:
+        with _explained("model", config):
             base_config = AutoConfig.from_pretrained(path)
-            if config.layers:
-                settings["num_hidden_layers"] = min(config.layers, base_config.num_hidden_layers)
-            base = auto.from_pretrained(path, **settings)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise _unloadable("model", config.model, error) from error
-        if config.layers > base_config.num_hidden_layers:
-            raise ValueError(
-                f"--layers {config.layers} is more than the {base_config.num_hidden_layers} that "
-                f"{config.model} has; 0 keeps all"
+        check_config(config, base_config, max(pad_token_id, highest_id))
+        if config.layers:
+            settings["num_hidden_layers"] = config.layers
+        with _explained("model", config):
+            base, found = auto.from_pretrained(
+                path, output_loading_info=True, ignore_mismatched_sizes=True, **settings
             )
-        _check_context(config, getattr(base_config, "max_position_embeddings", None))
-        model = _with_adapter(base, config, TaskType.SEQ_CLS if classifying else None)
+        fresh = fresh_modules(found)
+        check_positions(config, base, base_config)
+        if classifying:
+            check_complete(config, base, fresh)
+        model = _with_adapter(base, config, fresh if classifying else None)
     # Clients train leaves of their own, never the factors of the resident model.
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
@@ -127,18 +133,11 @@ def load_model(config: SimulateConfig, labels: list[str], pad_token_id: int) -> 
     _put_heads_in_float32(model)
     model.to(resolve_device(config.device))
     if not classifying:
-        _check_causal(model, config.model)
+        _check_causal(model, config.model)  # says more of an encoder than that it lacks weights
+        check_complete(config, base, fresh)
     fslora_kernels.fuse(model, config.implementation)
     _check_fused(model, config)
     return model
-
-
-def _check_context(config: SimulateConfig, positions: int | None) -> None:
-    if positions is not None and config.max_length > positions:
-        raise ValueError(
-            f"--max-length {config.max_length} is more than the {positions} tokens that "
-            f"{config.model} can read; lower it"
-        )
 
 
 @torch.no_grad()
@@ -176,7 +175,8 @@ def _inputs_in_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any
     )
 
 
-def _with_adapter(base: nn.Module, config: SimulateConfig, task_type: TaskType | None) -> PeftModel:
+def _with_adapter(base: nn.Module, config: SimulateConfig, fresh: list[str] | None) -> PeftModel:
+    """Put the adapter on; of a classifier (``fresh`` is not None) also say what is its head."""
     targets = config.column_names("target_modules")
     if "all-linear" in targets and len(targets) > 1:
         raise ValueError(
@@ -189,16 +189,27 @@ def _with_adapter(base: nn.Module, config: SimulateConfig, task_type: TaskType |
         use_rslora=config.rslora,
         lora_dropout=config.lora_dropout,
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
-        task_type=task_type,
+        task_type=None if fresh is None else TaskType.SEQ_CLS,
+        modules_to_save=None if fresh is None else _beside_the_head(base, fresh) or None,
     )
+    linear = _linear_names(base)
     paths = [name for name, _ in base.named_modules()]
     for target in targets:
         if target != "all-linear" and not any(f".{path}".endswith(f".{target}") for path in paths):
-            raise _untargetable(base, config, f"no layer is named {target}.")
+            raise _untargetable(linear, config, f"no layer is named {target}.")
     try:
         return get_peft_model(base, adapter)
     except ValueError as error:
-        raise _untargetable(base, config, str(error).splitlines()[0]) from None
+        raise _untargetable(linear, config, str(error).splitlines()[0]) from None
+
+
+def _beside_the_head(base: nn.Module, fresh: Sequence[str]) -> list[str]:
+    """What is trained whole beside PEFT's own heads: weights that were just drawn.
+
+    And modules that PEFT takes for heads by the end of their names, as DistilBERT's pre_classifier.
+    """
+    alike = [name for name, _ in base.named_modules() if name.endswith(_HEADS)]
+    return [n for n in dict.fromkeys([*fresh, *alike]) if not set(n.split(".")) & set(_HEADS)]
 
 
 def _check_fused(model: PeftModel, config: SimulateConfig) -> None:
@@ -206,24 +217,40 @@ def _check_fused(model: PeftModel, config: SimulateConfig) -> None:
     fused = fslora_kernels.modules(model)
     for target in config.column_names("target_modules"):
         if target != "all-linear" and not any(f".{n}".endswith(f".{target}") for n in fused):
-            base = model.get_base_model()
-            raise _untargetable(base, config, f"{target} is no linear layer.")
+            why = f"{target} is no linear layer, or is trained whole as a head."
+            raise _untargetable({n.rsplit(".", 1)[-1] for n in fused}, config, why)
 
 
-def _untargetable(base: nn.Module, config: SimulateConfig, why: str) -> ValueError:
-    linear = {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if type(m) is nn.Linear}
+def _linear_names(base: nn.Module) -> set[str]:
+    kinds = (nn.Linear, Conv1D)
+    names = {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if type(m) in kinds}
+    return {name for name in names if not name.endswith(_HEADS)}
+
+
+def _untargetable(linear: Iterable[str], config: SimulateConfig, why: str) -> ValueError:
     return ValueError(
         f"--target-modules {config.target_modules}: {why} Its linear layers are named "
         f"{', '.join(sorted(linear))}; or use all-linear"
     )
 
 
-def _unloadable(what: str, model: str, error: Exception) -> ValueError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ValueError(
-        f"cannot load the {what} {model!r}: {first} "
-        "Give a folder that save_pretrained wrote, or a hub id that this machine can reach"
-    )
+@contextmanager
+def _explained(what: str, config: SimulateConfig) -> Iterator[None]:
+    """Turn whatever goes wrong while a user's files are loaded into one message."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        said = said.rstrip(".") if len(said) < 300 else f"{said[:300]} …"
+        if said.startswith("Unrecognized configuration class"):
+            raise ValueError(
+                f"{config.model} is of a kind that transformers has no model for --task "
+                f"{config.task} of; use another --task, or another model"
+            ) from error
+        raise ValueError(
+            f"cannot load the {what} {config.model!r}: {said}. "
+            "Give a folder that save_pretrained wrote, or a hub id that this machine can reach"
+        ) from error
 
 
 def take_state(model: PeftModel) -> tuple[Adapters, Extras]:

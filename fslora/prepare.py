@@ -141,7 +141,8 @@ def prepare(config: SimulateConfig) -> Run:
         data.evaluation, data.evaluation_groups, config.eval_examples
     )
     data = replace(data, evaluation=examples, evaluation_groups=groups)
-    model = load_model(config, data.labels, pad_id(tokenizer))
+    highest = int(data.evaluation.tensors["input_ids"].max())
+    model = load_model(config, data.labels, pad_id(tokenizer), highest)
     if config.fleet is not None:
         check_memory(config.fleet, model)
     ratio_of = deal_ratios(config, data.names)
