@@ -14,6 +14,7 @@ from fslora.robust import update_norm
 from fslora.trust import Limits
 
 NO_LIMITS = Limits()
+_MOST_LOSS = torch.finfo(torch.float32).max  # of a cohort the sum is finite
 _ROUNDING = 1e-6  # more than two ways to sum a norm's squares can differ by
 
 
@@ -29,7 +30,7 @@ def rejection(task: ClientTask, update: ClientUpdate, limits: Limits = NO_LIMITS
         return update.refused
     if (update.round, update.client_id, update.nonce) != (task.round, task.client_id, task.nonce):
         return "it answers another task"
-    if not math.isfinite(update.metrics.get("loss", math.nan)):
+    if not abs(update.metrics.get("loss", math.nan)) <= _MOST_LOSS:
         return "its training loss is not finite"
     if update.num_examples < 1:
         return "it has no examples"

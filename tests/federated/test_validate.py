@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -37,6 +38,19 @@ def test_finite_numbers_whose_sum_is_not_are_refused_without_a_bound():
     task, update = pair_of()
     huge = replace(update, extras={n: torch.full_like(t, 3e38) for n, t in update.extras.items()})
     assert "its norm is" in rejection(task, huge)
+
+
+@pytest.mark.parametrize("loss", [1.7e308, -1.7e308, float("inf"), float("nan")])
+def test_losses_whose_sum_is_not_finite_are_refused(loss):
+    strategy, state = small_state()
+
+    def boasting(task):
+        return replace(honest(task), metrics={"loss": loss if task.client_id != "two" else 2.0})
+
+    _, record = run_round(state, strategy, sequential, boasting, CLIENTS)
+    assert json.loads(json.dumps(record.to_json(), allow_nan=False))["train_loss"] == 2.0
+    refused = [client.id for client in record.clients if client.rejected]
+    assert refused == ["one", "three", "four"]
 
 
 def test_examples_are_those_that_the_server_knows_of_or_bounded():
