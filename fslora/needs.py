@@ -24,6 +24,7 @@ class _Need(NamedTuple):
     met: Callable[[SimulateConfig], bool]
 
 
+_LISTS = ("target_modules", "text_column", "prompt_columns")  # that cannot be empty
 _CLASSES = _Need("--task classification", lambda c: c.task == "classification")
 _RESPONSES = _Need("--task instruction", lambda c: c.task == "instruction")
 _NEEDS = {
@@ -74,11 +75,14 @@ def check_choices(config: Any) -> None:  # noqa: ANN401 - any dataclass of setti
 
 
 def check_needs(config: SimulateConfig) -> None:
-    """Refuse a setting that was given and does nothing, for want of another.
+    """Refuse an empty list, and a setting that was given and does nothing, for want of another.
 
     Raises:
-        ValueError: naming both.
+        ValueError: naming it, or both.
     """
+    for name in _LISTS:
+        if not config.column_names(name):
+            raise ValueError(f"{flag(name)} names nothing; leave it out for its default")
     for name, need in _NEEDS.items():
         value = getattr(config, name)
         if value != type(config).__dataclass_fields__[name].default and not need.met(config):

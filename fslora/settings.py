@@ -47,7 +47,10 @@ def merged(config: SimulateConfig | None, values: Mapping[str, Any], source: str
         wanted = _TYPES.get(str(types[name]), (str,))
         if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
             raise ValueError(f"{source}: {key} = {value!r} is not of type {types[name]}")
-        result[name] = float(given) if float in wanted else value
+        try:
+            result[name] = float(given) if float in wanted else value
+        except OverflowError:
+            raise ValueError(f"{source}: {key} is more than a float can be") from None
     return result
 
 
@@ -65,6 +68,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     except ValueError as error:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise ValueError(f"{path} is not valid {kind}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f'{path}: settings are one object {{"model": …, "data": …}}')  # noqa: TRY004
     return values
 
 

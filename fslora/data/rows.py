@@ -39,6 +39,12 @@ def read_rows(
         ValueError: the data is empty, malformed or cannot be loaded.
     """
     path, play = Path(source).expanduser(), reader == "play"
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ValueError(f"cannot read {source[:80]}: {error.strerror}; name other data") from None
     if path.is_file():
         return read_file(path, header=header, play=play)
     if path.is_dir() or (path.parent.is_dir() and _is_pattern(path.name)):

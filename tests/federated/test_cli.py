@@ -82,6 +82,7 @@ BAD = {
     "ratio word": ({"ratios": "half"}, "not a list of numbers"),
     "per round": ({"per_round": 7}, "more clients a round"),
     "file": ({"data": "nothing.jsonl"}, "nothing.jsonl"),
+    "file name": ({"data": "x" * 300}, "File name too long; name other data"),
     "model path": ({"model": "./nothing"}, "no model folder"),
     "column": ({"text_column": "words"}, "no column"),
     "natural": ({"partition": "natural:writer"}, "writer"),
@@ -163,10 +164,20 @@ def test_settings_from_a_file_are_overridden_by_flags(settings, tmp_path, capsys
     assert restored.to_json() == saved
 
 
+@pytest.mark.parametrize("content", ["[1]", "3", "null"])
+def test_json_that_is_no_table_of_settings_is_one_message(tmp_path, content, capsys):
+    (tmp_path / "config.json").write_text(content)
+    assert main(["simulate", "--config", str(tmp_path / "config.json")]) == 2
+    assert main(["simulate", "--resume", "--out", str(tmp_path)]) == 2
+    assert main(["simulate", "--preset=demo", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("settings are one object") == 3
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("rnak = 3", "unknown setting"),
+        (f"lr = 1{'0' * 400}", "lr is more than a float can be"),
         ("rank = '3'", "not of type"),
         ("rank =", "not valid TOML"),
         ("[[device]]", "write [[devices]]"),

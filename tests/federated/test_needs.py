@@ -65,3 +65,10 @@ def test_a_setting_that_does_nothing_is_refused_with_what_it_needs(given, needed
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} .* does nothing without --"):
         replace(base, **given)
     replace(base, **given, **needed)
+
+
+@pytest.mark.parametrize("name", ["text_column", "target_modules", "prompt_columns"])
+@pytest.mark.parametrize("empty", ["", " , "])
+def test_a_list_of_nothing_is_refused(name, empty):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} names nothing"):
+        replace(BASE, **{name: empty})
