@@ -79,6 +79,7 @@ class Classification:
             *(column(rows, name) for name in self.text_columns),
             truncation=True,
             max_length=self.max_length,
+            return_attention_mask=True,
         )
         fillers = {"input_ids": tasks.pad_id(tokenizer), "attention_mask": 0, "token_type_ids": 0}
         tensors = {

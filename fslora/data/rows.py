@@ -143,7 +143,7 @@ def _read_hub(source: str, split: str) -> Rows:
     name, config = (match["name"], match["config"]) if match else (source, None)
     try:
         data = datasets.load_dataset(name, config, split=split)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of the library's many some derive from none but this
         raise ValueError(
             f"cannot load the data set {source} (split {split}) from Hugging Face: {error}; "
             "check the id, the :config and the network, or name a local file"

@@ -52,6 +52,13 @@ def test_a_text_of_no_tokens_is_one_filler(bare_words):
     assert tensors["attention_mask"].tolist() == [[1, 0], [1, 1]]
 
 
+def test_a_tokenizer_that_speaks_of_ids_alone_gives_a_mask_too(bare_words):
+    bare_words.model_input_names = ["input_ids"]
+    rows = [{"one": text, "label": "no"} for text in ("a", "a b")]
+    tensors = Classification(("one",)).encode(rows, bare_words, ["no", "yes"]).tensors
+    assert tensors["attention_mask"].tolist() == [[1, 0], [1, 1]]
+
+
 def test_a_column_named_by_mistake_is_not_listed_whole(words):
     rows = [{"one": "a", "label": f"{n:04}" if n else ""} for n in range(2000)]
     with pytest.raises(ValueError, match=r"'', '0001', .*, '0009' and 1,990 more; a classifier"):

@@ -133,6 +133,7 @@ def test_a_dataset_is_read_with_its_class_names(monkeypatch):
         ([], "no rows; name another split"),
         (ConnectionError("no net"), "no net; check the id"),
         (RuntimeError("scripts"), "scripts; check the id"),
+        (type("DatasetGenerationError", (Exception,), {})("cast"), "cast; check the id"),
     ],
 )
 def test_a_dataset_that_does_not_load_is_explained(monkeypatch, records, message):
