@@ -16,9 +16,9 @@ from fslora.data.tasks import Batch, Evaluation, Examples, Tokenizer
 class CausalLM:
     """Blocks of exactly `max_length` tokens; the score is the accuracy of the next token.
 
-    A client's rows are joined by a blank line in their order, tokenised as one text without
-    special tokens, and cut. A short rest is dropped, unless it is the only block: then it is
-    padded.
+    A client's rows are joined by a blank line in their order, those without a word left out,
+    tokenised as one text without special tokens, and cut. A short rest is dropped, unless it is
+    the only block: then it is padded.
 
     Attributes:
         text_columns: the columns that make the text, by name or position.
@@ -60,7 +60,11 @@ class CausalLM:
     def tokens_each(self, groups: Sequence[Rows], tokenizer: Tokenizer) -> list[Tensor]:
         """As `tokens`, of several groups of rows in one call of the tokenizer."""
         texts = [
-            "\n\n".join("\n\n".join(filter(None, row)) for row in columns(rows, self.text_columns))
+            "\n\n".join(
+                text
+                for row in columns(rows, self.text_columns)
+                if (text := "\n\n".join(filter(None, row))).strip()
+            )
             for rows in groups
         ]
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)

@@ -23,6 +23,15 @@ def test_rows_are_joined_by_a_blank_line(shared_data):
     assert tokenizer.decode(ids).strip() == "Once upon\n\na time"
 
 
+def test_rows_without_a_word_are_left_out():
+    def split(texts, **_):
+        return {"input_ids": [[len(part) for part in text.split("\n\n")] for text in texts]}
+
+    rows = [{"x": x, "y": y} for x, y in [("a", "bb"), ("", ""), (" ", ""), ("", "ccc")]]
+    assert CausalLM(("x", "y")).tokens(rows, split).tolist() == [1, 2, 3]
+    assert CausalLM(("x", "y")).tokens(rows[1:3], split).tolist() == [0], "nothing to predict"
+
+
 @pytest.mark.parametrize(("fixture", "filler"), [("words", 2), ("bare_words", 0)])
 def test_an_only_block_that_is_short_is_padded(request, fixture, filler):
     tokenizer = request.getfixturevalue(fixture)
