@@ -97,9 +97,13 @@ TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
 # from) → padded ranks → tiles. On sm_90 masked x would be the operand in registers of asynchronous
 # products (wgmma, from 64 rows on), and ptxas gives those registers to the loop's next turn while
 # they are read: wrong results by compilers before CUDA 13.3 (triton-lang/triton#11781). Fewer rows
-# take mma.sync, which is done when it returns. Masked y at 64 ranks spills in the default tiles.
+# take mma.sync, which is done when it returns. Masked y at 64 ranks spills in the default tiles, and
+# masked x in four stages there.
 DROPPING: dict[tuple[str, str, str, str], dict[int, Tiles]] = {
-    ("apply", "sm_90", "half", "x"): dict.fromkeys((16, 32, 64), Tiles(32, 64, stages=4)),
+    ("apply", "sm_90", "half", "x"): {
+        **dict.fromkeys((16, 32), Tiles(32, 64, stages=4)),
+        64: Tiles(32, 64, stages=3),
+    },
     ("apply", "sm_90", "half", "y"): {64: Tiles(64, 64)},
     ("wgrad", "sm_90", "half", "x"): {
         **dict.fromkeys((16, 32), Tiles(64, 128, warps=8)),
