@@ -97,8 +97,8 @@ TILES: dict[tuple[str, str, str], dict[int, Tiles]] = {
 # from) → padded ranks → tiles. On sm_90 masked x would be the operand in registers of asynchronous
 # products (wgmma, from 64 rows on), and ptxas gives those registers to the loop's next turn while
 # they are read: wrong results by compilers before CUDA 13.3 (triton-lang/triton#11781). Fewer rows
-# take mma.sync, which is done when it returns. Masked y at 64 ranks spills in the default tiles, and
-# masked x in four stages there.
+# take mma.sync, which is done when it returns. At 64 ranks masked y spills in the default tiles,
+# and masked x in four stages.
 DROPPING: dict[tuple[str, str, str, str], dict[int, Tiles]] = {
     ("apply", "sm_90", "half", "x"): {
         **dict.fromkeys((16, 32), Tiles(32, 64, stages=4)),
