@@ -190,7 +190,8 @@ def test_a_plan_takes_a_file_of_settings_and_flags_over_it(asked, tmp_path, caps
 def test_a_plan_takes_what_a_run_has_saved(asked, tmp_path, capsys):
     saved = tmp_path / "config.json"
     saved.write_text(json.dumps(SimulateConfig(**asked).to_json()))
-    assert main(["plan", f"--config={saved}", "--deadline=1e-3"]) == 2
+    flags = [f"--config={saved}", f"--out={tmp_path / 'plan'}", "--deadline=1e-3"]
+    assert main(["plan", *flags]) == 2
     assert "far phone: a round at S = 1 takes" in capsys.readouterr().err
 
 
