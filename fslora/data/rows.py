@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -40,9 +41,8 @@ def read_rows(
     """
     path, play = Path(source).expanduser(), reader == "play"
     try:
-        path.stat()
-    except FileNotFoundError:
-        pass
+        with suppress(FileNotFoundError):  # perhaps it is the name of a data set on the hub
+            path.stat()
     except OSError as error:
         raise ValueError(f"cannot read {source[:80]}: {error.strerror}; name other data") from None
     if path.is_file():
