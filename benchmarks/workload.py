@@ -55,7 +55,9 @@ def bare(model: str, *, classes: int = 0, layers: int = 0) -> nn.Module:
     settings |= {"num_hidden_layers": layers} if layers else {}
     settings |= {"num_labels": classes} if classes else {}
     auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
-    base = auto.from_pretrained(model_path(model), **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of a classifier's head
+        base = auto.from_pretrained(model_path(model), **settings)
     return base.requires_grad_(requires_grad=False).train()
 
 
