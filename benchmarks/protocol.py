@@ -137,7 +137,7 @@ def write_results(
     tables = [markdown(paper_table(datasets))]
     for data in datasets:
         found = [*target_tables(data), claims_table(data)]
-        tables += [f"## {data['name']}\n", *map(markdown, found)]
+        tables += [f"## {data['name']}\n", *(markdown(table, level=3) for table in found)]
     missing = [slug for slug in settings if slug not in finished]
     if missing:
         tables.insert(0, f"Not finished yet: {', '.join(missing)}.\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fslora import __version__
-from fslora.errors import is_for_the_user
+from fslora.errors import StoppedRunError, is_for_the_user
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -141,8 +141,10 @@ def _compare(arguments: Sequence[str]) -> None:
     )
     from fslora.compare.command import compare
 
-    compare(config, _console())
+    (found,) = compare(config, _console())["datasets"]
     _report_comparison(Path(config.run.out))
+    if all(run["failed"] for strategy in found["strategies"] for run in strategy["runs"]):
+        raise StoppedRunError("no run came to its end, for the reasons above")
 
 
 def _plan(arguments: Sequence[str]) -> None:
@@ -242,7 +244,7 @@ def _run(config: object) -> None:
     if not isinstance(config, SimulateConfig):
         raise TypeError(f"not a config: {config}")
     console, folder = _console(), Path(config.out)
-    thin = thin_coverage(config.strategy, config.rule, config.per_round, config.mean_ratio)
+    thin = thin_coverage(config.strategy, config.rule, config.per_round, config.mean_coverage)
     if thin:
         sys.stderr.write(f"fslora: {thin}\n")
     try:

@@ -28,11 +28,21 @@ from fslora_kernels.seeds import fold_in
 
 
 def draw_attackers(threat: Threat, clients: Sequence[str], seed: int) -> frozenset[str]:
-    """Draw who is hostile: nobody where there is no attack."""
+    """Draw who is hostile: nobody where there is no attack.
+
+    Raises:
+        ValueError: a share was asked for that is nobody among so few.
+    """
     if threat.attack == "none":
         return frozenset()
+    attackers = round(threat.share * len(clients))
+    if threat.share and not attackers:
+        raise ValueError(
+            f"--attackers {threat.share:g} of {len(clients)} clients is nobody; "
+            f"{1 / len(clients):.2g} is one of them"
+        )
     order = np.random.default_rng(fold_in(seed, "attackers")).permutation(len(clients))
-    return frozenset(clients[place] for place in order[: round(threat.share * len(clients))])
+    return frozenset(clients[place] for place in order[:attackers])
 
 
 def poisoned(

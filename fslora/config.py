@@ -335,11 +335,13 @@ class SimulateConfig:
             ) from None
 
     @property
-    def mean_ratio(self) -> float:
-        """The clients' mean sketch ratio."""
+    def mean_coverage(self) -> float:
+        """The share of the ranks that a client with a sketch trains in a round, on average."""
+        draws = self.local_steps if self.redraw == "step" else 1
+        trained = [1 - (1 - ratio) ** draws for ratio in self.ratio_values]
         if self.fleet is not None and any(self.fleet.ratios):
-            return sum(device.share * device.ratio for device in self.fleet.devices)
-        return fmean(self.ratio_values)
+            return fmean(trained, [device.share for device in self.fleet.devices])
+        return fmean(trained)
 
     @property
     def fleet(self) -> Fleet | None:

@@ -174,6 +174,10 @@ def check_writable(folder: Path) -> None:
         ValueError: it cannot be made, or nothing can be made in it.
     """
     with explained_errors(folder):
+        missing = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+    with suppress(OSError):  # not left empty where the work comes to nothing
+        for made in missing:
+            made.rmdir()

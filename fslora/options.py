@@ -7,8 +7,8 @@ layers, from the top, it trains (``depth``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise, product
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -121,11 +121,8 @@ def expected_step(
     cohorts = (
         np.sort(generator.choice(len(rho), per_round, replace=False)) for _ in range(_COHORTS)
     )
-    factors = [
-        sum(weight * step[cohort][held].mean() for weight, held in _holders(rho[cohort], sampler))
-        for cohort in cohorts
-    ]
-    return float(np.mean(factors))
+    of_cohort = _count_of_classes if sampler == "class-shared" else _count_of_arcs
+    return float(np.mean([of_cohort(rho[cohort], step[cohort], sampler) for cohort in cohorts]))
 
 
 def _count_of_independent(moves: Floats, held: Floats, per_round: int) -> float:
@@ -158,19 +155,34 @@ def _mean_product(values: Floats, size: int) -> Floats:
     return found
 
 
-def _holders(rho: Floats, sampler: Sampler) -> Iterator[tuple[float, NDArray[np.bool_]]]:
-    """Who trains a rank together: probabilities and masks over the cohort; nobody is left out."""
-    if sampler == "class-shared":
-        classes, member = np.unique(rho, return_inverse=True)
-        for drawn in product((False, True), repeat=len(classes)):
-            chosen = np.array(drawn)
-            if chosen.any():
-                yield float(np.where(chosen, classes, 1 - classes).prod()), chosen[member]
-        return
-    # The rank's place is uniform in [0, 1); the clients' arcs start at 0, or end to end.
+def _count_of_classes(rho: Floats, step: Floats, _: Sampler) -> float:
+    """The factor of "count" in a cohort whose clients of one ratio train the same ranks.
+
+    With nⱼ clients of ratio ρⱼ and step gⱼ, as the one of clients who draw independently:
+    Σⱼ nⱼρⱼgⱼ ∫₀¹ t^(nⱼ - 1) Π over k ≠ j of (1 - ρₖ + ρₖ t^nₖ) dt.
+    """
+    classes, first, sizes = np.unique(rho, return_index=True, return_counts=True)
+    nodes, weights = np.polynomial.legendre.leggauss(len(rho) // 2 + 1)  # exact at this degree
+    times = (nodes + 1) / 2
+    factors = 1 - classes[:, None] * (1 - times ** sizes[:, None])
+    total = 0.0
+    for place, size in enumerate(sizes):
+        others = np.delete(factors, place, axis=0).prod(axis=0)
+        joint = float(weights @ (times ** (size - 1) * others)) / 2
+        total += size * classes[place] * step[first[place]] * joint
+    return total
+
+
+def _count_of_arcs(rho: Floats, step: Floats, sampler: Sampler) -> float:
+    """The factor of "count" in a cohort whose clients train arcs of ranks, at a random place.
+
+    The rank's place is uniform in [0, 1); the clients' arcs start at 0, or end to end.
+    """
     starts = np.zeros_like(rho) if sampler == "nested" else np.cumsum(rho) - rho
     edges = np.unique(np.round(np.concatenate([starts % 1, (starts + rho) % 1, [0, 1]]), 12))
+    total = 0.0
     for low, high in pairwise(edges):
         held = ((low + high) / 2 - starts) % 1 < rho
         if held.any():
-            yield float(high - low), held
+            total += (high - low) * step[held].mean()
+    return float(total)

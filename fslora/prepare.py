@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,6 +113,7 @@ def prepare(config: SimulateConfig) -> Run:
         FileNotFoundError: a file that is not there.
         NotImplementedError: the implementation cannot run on the device.
     """
+    check_strategy(config)  # known before anything is loaded
     if config.threads:
         torch.set_num_threads(config.threads)
     task = make_task(config)
@@ -177,6 +179,18 @@ def make_strategy(config: SimulateConfig, ratio_of: Mapping[str, float]) -> Stra
         server_lr=config.server_lr,
         **config.strategy_options,
     )
+
+
+def check_strategy(config: SimulateConfig) -> None:
+    """Build a config's strategy for as many clients as it names, to see whether it can be.
+
+    Raises:
+        ValueError: as ``make_strategy``.
+    """
+    names = [str(client) for client in range(config.clients)]
+    ratios = deal_ratios(config, names)
+    with warnings.catch_warnings(action="ignore"):  # they come when it is built to be used
+        make_strategy(config, {names[client]: ratio for client, ratio in ratios.items()})
 
 
 def trusting(config: SimulateConfig, strategy: Strategy, clients: int) -> Strategy:

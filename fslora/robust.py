@@ -125,7 +125,7 @@ def _centre(rule: Rule, changes: Tensor) -> Tensor:
         return torch.zeros_like(changes[0])
     cut = (count - 1) // 2
     if rule.name == "trimmed":
-        cut = min(cut, math.ceil(rule.trim * count))
+        cut = min(cut, math.ceil(round(rule.trim * count, 6)))
     # What is left of a median is the middle one, or the middle two.
     return changes.sort(dim=0).values[cut : count - cut].mean(dim=0)
 

@@ -127,16 +127,16 @@ class Privacy:
             raise ValueError(f"--dp-delta must be in (0, 1), got {self.delta}")
 
 
-def thin_coverage(strategy: str, rule: Rule, per_round: int, ratio: float) -> str:
+def thin_coverage(strategy: str, rule: Rule, per_round: int, coverage: float) -> str:
     """Warn where most ranks are trained by fewer clients than a rule needs, else say nothing.
 
     Args:
         strategy: its name.
         rule: the robust rule.
         per_round: clients of a round.
-        ratio: mean sketch ratio of the clients.
+        coverage: share of the ranks that a client with a sketch trains, on average.
     """
-    holders = per_round * (ratio if strategy in ("fslora", "fed-plora") else 1.0)
+    holders = per_round * (coverage if strategy in ("fslora", "fed-plora") else 1.0)
     if rule.name not in ("median", "trimmed") or holders >= rule.min_coverage:
         return ""
     return (

@@ -17,7 +17,7 @@ from fslora.compare.settings import CompareConfig
 from fslora.compare.table import tabulate
 from fslora.compare.tensorboard import summary_writer, write_curves
 from fslora.config import SimulateConfig
-from fslora.prepare import deal_ratios, make_strategy
+from fslora.prepare import check_strategy
 from fslora.report.records import read_object
 
 COMPARE_FILE = "compare.json"
@@ -45,9 +45,7 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         config.of_run(entry, seed, {}) for entry in config.entries for seed in config.seed_values
     ]
     for run in (*trials, *planned):
-        names = [str(client) for client in range(run.clients)]
-        ratios = {names[client]: ratio for client, ratio in deal_ratios(run, names).items()}
-        make_strategy(run, ratios)  # refused now, and not after hours
+        check_strategy(run)  # refused now, and not after hours
     with _bar(console, "searching", trials) as on_round:
         tried = search(config, on_round)
     runs = {

@@ -36,7 +36,7 @@ def summary_writer() -> type[Any]:
 
 
 def write_curves(folder: Path, runs: Iterable[Path]) -> None:
-    """Write one TensorBoard run for each of our runs that is not there yet.
+    """Write one TensorBoard run for each of our runs, in place of an earlier one of its name.
 
     Args:
         folder: of TensorBoard's files.
@@ -48,8 +48,8 @@ def write_curves(folder: Path, runs: Iterable[Path]) -> None:
     writer_class = summary_writer()
     for run in runs:
         place = folder / run.parent.name / run.name
-        if place.exists():  # its files can only be added to: points would double
-            continue
+        for earlier in place.glob("events.out.tfevents.*"):
+            earlier.unlink()  # files can only be added to: points would double
         with writer_class(str(place)) as writer:
             for record in checkpoint.read_records(run):
                 for key, tag in _TAGS.items():

@@ -210,11 +210,12 @@ def notes(data: Record) -> list[str]:
     return found
 
 
-def markdown(table: Table) -> str:
-    """A table as Markdown."""
+def markdown(table: Table, level: int = 2) -> str:
+    """A table as Markdown, its title a heading of a level."""
     lines = [table.heads, ["-"] * len(table.heads), *table.rows]
     rows = "\n".join("|" + "|".join(map(_cell, line)) + "|" for line in lines)
-    return f"## {table.title}\n\n" + (f"{table.note}\n\n" if table.note else "") + rows + "\n"
+    note = f"{table.note}\n\n" if table.note else ""
+    return f"{'#' * level} {table.title}\n\n{note}{rows}\n"
 
 
 def _cell(text: str) -> str:

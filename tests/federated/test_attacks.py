@@ -31,6 +31,17 @@ def test_who_is_hostile_depends_on_the_seed_alone():
     assert drawn == draw_attackers(Threat("noise", 0.2), clients, 0)
     assert any(drawn != draw_attackers(Threat("scale", 0.2), clients, s) for s in range(1, 4))
     assert draw_attackers(Threat("none", 1.0), clients, 0) == frozenset()
+    assert draw_attackers(Threat("scale", 0.0), clients, 0) == frozenset()
+
+
+def test_a_share_that_is_nobody_is_refused():
+    clients = [f"c{n}" for n in range(7)]
+    with pytest.raises(
+        ValueError, match=r"--attackers 0.05 of 7 clients is nobody; (\S+) is one"
+    ) as e:
+        draw_attackers(Threat("scale", 0.05), clients, 0)
+    one = float(str(e.value).split("; ")[1].split()[0])
+    assert len(draw_attackers(Threat("scale", one), clients, 0)) == 1
 
 
 @pytest.mark.parametrize(("attack", "factor"), [("scale", 4.0), ("sign-flip", -4.0)])

@@ -291,7 +291,8 @@ class Writer:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "events.out.tfevents.0").touch(exist_ok=False)
 
     def __enter__(self):
         return self
@@ -309,8 +310,9 @@ def test_tensorboard_gets_every_round_once(track, monkeypatch, tmp_path):
     )
     monkeypatch.setattr(Writer, "points", [])
     track = replace(track, strategies="fedit", seeds="1", tensorboard=str(tmp_path / "board"))
-    for _ in range(2):
-        compare(track, QUIET)
+    for rounds in (track.run.rounds, track.run.rounds + 1):  # made, and extended
+        Writer.points.clear()
+        compare(replace(track, run=replace(track.run, rounds=rounds)), QUIET)
     records = checkpoint.read_records(Path(track.run.out) / "runs/fedit/seed-1")
     wanted = [(("fedit", "seed-1"), "evaluation/loss", r["round"], r["eval_loss"]) for r in records]
     assert [point for point in Writer.points if point[1] == "evaluation/loss"] == wanted
@@ -410,3 +412,10 @@ def test_flags_alone_are_enough(track, capsys):
     flags += ["--strategies=zero-shot", "--seeds=0", f"--out={run.out}", "--partition=iid"]
     assert main(["compare", *flags]) == 0
     assert "report:" in capsys.readouterr().out
+    flags = [
+        flag.replace("zero-shot", "fedit").replace(run.out, f"{run.out}/lost") for flag in flags
+    ]
+    assert main(["compare", *flags, "--max-norm=1e-12"]) == 2, "every run of it failed"
+    said = capsys.readouterr()
+    assert "report:" in said.out, "what there is of them is written"
+    assert "no run came to its end" in said.err

@@ -48,6 +48,18 @@ def test_a_second_process_is_told_who_is_there_and_a_killed_one_is_no_obstacle(s
             pass
 
 
+def test_looking_whether_a_folder_can_be_written_to_leaves_nothing(tmp_path):
+    disk.check_writable(tmp_path / "new" / "plan")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "there").mkdir()
+    disk.check_writable(tmp_path / "there" / "plan")
+    disk.check_writable(tmp_path / "there")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="choose another --out"):
+        disk.check_writable(tmp_path / "file")
+
+
 def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):
     for rest in (".adapter.7.partial", ".adapter.old.7.partial"):
         (tmp_path / rest).mkdir()

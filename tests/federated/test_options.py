@@ -139,6 +139,11 @@ def test_a_single_client_and_equal_ratios_have_their_closed_forms():
     assert found == pytest.approx(1 - 0.75**3)
     assert expected_step([0.25] * 7, 3, "sketched", "count") == pytest.approx(4 * (1 - 0.75**3))
     assert expected_step([1.0] * 5, 3, "sketched", "count") == pytest.approx(1.0)
+    different = [n / 16 for n in range(1, 17)]  # classes of one client each
+    alone, shared = (
+        expected_step(different, 16, "sketched", "count", s) for s in ("uniform", "class-shared")
+    )
+    assert shared == pytest.approx(alone), "who shares with nobody draws independently"
     for sampler, joint in (("nested", 0.25), ("class-shared", 0.25), ("balanced", 0.75)):
         assert expected_step([0.25] * 7, 3, "full", "count", sampler) == pytest.approx(joint)
 

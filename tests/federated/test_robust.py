@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fslora.engines import sequential
 from fslora.protocol import LoRAWeights
-from fslora.robust import apply, clipped, defended, update_norm
+from fslora.robust import _centre, apply, clipped, defended, update_norm
 from fslora.server import run_round
 from fslora.trust import ROBUST, Rule
 
@@ -63,6 +63,11 @@ def test_trimming_cuts_the_share_at_each_end_rounded_up():
     for trim, wanted in ((0.0, heads.mean(dim=0)), (0.01, heads[1:3].mean(dim=0))):
         after = apply(Rule("trimmed", clip=1e9, trim=trim), tasks, updates)
         torch.testing.assert_close(after[0].extras["head.weight"], wanted)
+    seven = torch.arange(25.0)[:, None] ** 3
+    middle = seven[7:-7].mean(dim=0)
+    assert torch.equal(_centre(Rule("trimmed", trim=0.28), seven), middle), (
+        "0.28 · 25 is not above 7"
+    )
 
 
 def test_where_all_agree_every_rule_is_the_mean():

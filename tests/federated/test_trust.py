@@ -94,10 +94,12 @@ def test_ranks_that_too_few_clients_train_are_a_warning(strategy, rule, ratio, w
     assert not warned or "by 2.9 clients" in warning
 
 
-def test_the_mean_ratio_weighs_the_devices():
+def test_the_mean_coverage_weighs_the_devices_and_counts_every_draw():
     tables = [
         {"compute": "phone", "network": "poor", "share": 0.75, "ratio": 0.25},
         {"compute": "gpu", "network": "5g", "share": 0.25, "ratio": 1.0},
     ]
-    assert SimulateConfig(**BASE, devices=json.dumps(tables)).mean_ratio == pytest.approx(0.4375)
-    assert SimulateConfig(**BASE, ratios="1/4,1/2").mean_ratio == 0.375
+    assert SimulateConfig(**BASE, devices=json.dumps(tables)).mean_coverage == pytest.approx(0.4375)
+    assert SimulateConfig(**BASE, ratios="1/4,1/2").mean_coverage == 0.375
+    often = SimulateConfig(**BASE, ratios="1/4,1/2", redraw="step", local_steps=2)
+    assert often.mean_coverage == pytest.approx((7 / 16 + 3 / 4) / 2)
