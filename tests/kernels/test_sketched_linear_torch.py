@@ -50,6 +50,18 @@ def test_gradcheck(dropout, rank_weight):
     assert torch.autograd.gradcheck(function, leaves)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64 - 1])
+def test_every_seed_of_64_bits_serves_the_backward_pass(seed):
+    arguments = small()
+    leaves = [arguments[name].requires_grad_() for name in ("x", "lora_a", "lora_b")]
+
+    def function(x, lora_a, lora_b):
+        factors = {"lora_a": lora_a, "lora_b": lora_b}
+        return sketched_linear(**{**arguments, "x": x, **factors}, dropout=0.5, seed=seed)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
 def test_dropout_drops_the_adapters_input_and_keeps_its_mean():
     arguments = small()
     arguments["x"] = torch.ones(20000, 7, dtype=torch.float64)

@@ -119,6 +119,11 @@ def compute(arguments: Arguments, requested: str | None) -> Tensor:
     return y_TE
 
 
+def _signed(seed: int) -> int:
+    """Return the 64 bits of a seed as a number with a sign."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
 def padded_ranks(ranks: int) -> int:
     """Return how many ranks the kernels compute with for so many selected ones."""
     return next((padded for padded in PADDED_RANKS if ranks <= padded), ranks)
@@ -146,9 +151,8 @@ class SketchedLinear(torch.autograd.Function):
         _, needs_weight, needs_a, needs_b, *_ = ctx.needs_input_grad
         gain_tensor = gain if isinstance(gain, Tensor) else None
         # A checkpoint computes what is saved again, perhaps from another seed: it goes with h.
-        seed_tensor = (
-            torch.tensor(seed % 2**64, dtype=torch.uint64, device="cpu") if dropout else None
-        )
+        # To a generator 2⁶⁴ − s is −s, which an int64 can hold.
+        seed_tensor = torch.tensor(_signed(seed), device="cpu") if dropout else None
         x_saved = x if needs_a or needs_weight else None
         h, *others = kept
         ctx.save_for_backward(
