@@ -151,10 +151,11 @@ def extract(
         if index is not None:
             index = _check_index(index, layer, name, adapter).to(lora_a.device)
             lora_a, lora_b = lora_a[index], lora_b[index]
-        adapters[name] = LoRAWeights(
-            lora_a.clone(memory_format=torch.contiguous_format).requires_grad_(),
-            lora_b.clone(memory_format=torch.contiguous_format).requires_grad_(),
-        )
+        with torch.inference_mode(mode=False):  # a tensor of that mode gets no gradient
+            adapters[name] = LoRAWeights(
+                lora_a.clone(memory_format=torch.contiguous_format).requires_grad_(),
+                lora_b.clone(memory_format=torch.contiguous_format).requires_grad_(),
+            )
     return adapters
 
 
@@ -240,11 +241,16 @@ def scatter(
         adapter_name: the adapter that is meant; default the active one.
 
     Raises:
-        ValueError: unknown module, missing or wrong index set, or factors that do not fit the
-            layer; nothing is written then.
+        ValueError: unknown module, missing or wrong index set, factors that do not fit the layer,
+            or an adapter that is merged into the base weight; nothing is written then.
     """
     named = list(_named(fused_layers(model), adapters, adapter_name))
     for name, layer, adapter in named:
+        if adapter in layer.merged_adapters:
+            raise ValueError(
+                f"the adapter {adapter!r} is merged into the base weight of {name}, and unmerging "
+                "takes out what its factors say by then; call model.unmerge_adapter() first"
+            )
         index = indices.get(name)
         size = _rank(layer, adapter)
         if index is not None:

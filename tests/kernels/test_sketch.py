@@ -44,6 +44,16 @@ def test_a_sketch_that_is_set_in_inference_mode_serves_training():
     assert gradient.abs().sum(1).nonzero().flatten().tolist() == [1]
 
 
+def test_leaves_that_are_extracted_in_inference_mode_serve_training():
+    model = tiny(nn.Linear(6, 4))
+    name = next(iter(fslora_kernels.fuse(model).fused))
+    with torch.inference_mode():
+        leaves = fslora_kernels.extract(model, {name: torch.tensor([1])})
+    fslora_kernels.bind(model, leaves)
+    model(torch.ones(1, 6)).sum().backward()
+    assert all(leaf.grad.any() for leaf in leaves[name])
+
+
 def test_a_sketch_keeps_its_own_index_set():
     model = tiny(nn.Linear(6, 4))
     index = torch.tensor([1, 2])
@@ -71,6 +81,24 @@ def test_what_the_layer_does_not_compute_is_not_merged(bound):
     fslora_kernels.sketch(model, None)
     want = model(torch.ones(1, 6))
     torch.testing.assert_close(model.merge_and_unload()(torch.ones(1, 6)), want)
+
+
+def test_leaves_are_not_written_under_a_merged_adapter():
+    """Unmerging would take another delta out of the base weight than merging put in."""
+    model = tiny(nn.Linear(6, 4))
+    name = next(iter(fslora_kernels.fuse(model).fused))
+    index = {name: torch.tensor([1])}
+    leaves = fslora_kernels.extract(model, index)
+    leaves[name].lora_a.data += 1
+    layer = model.get_submodule(name)
+    weight = layer.base_layer.weight.clone()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"call model.unmerge_adapter\(\) first"):
+        fslora_kernels.scatter(model, leaves, index)
+    model.unmerge_adapter()
+    torch.testing.assert_close(layer.base_layer.weight, weight)
+    fslora_kernels.scatter(model, leaves, index)
+    assert torch.equal(layer.lora_A["default"].weight[1], leaves[name].lora_a[0])
 
 
 def test_a_fixed_sketch_is_saved_as_it_was_trained_once_its_columns_are_scaled(tmp_path):
