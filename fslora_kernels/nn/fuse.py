@@ -172,10 +172,16 @@ def unfuse(model: nn.Module) -> None:
     """Give every fused layer its PEFT class back; sketches and bound leaves are dropped.
 
     Raises:
-        ValueError: a fused layer was given a forward of its own since; nothing is changed then.
+        ValueError: a fused layer was given another class or a forward of its own since; nothing is
+            changed then.
     """
     layers = fused_layers(model)
     for name, layer in layers.items():
+        if type(layer) not in FUSED_CLASSES.values():
+            raise ValueError(
+                f"{name} is a {type(layer).__name__}: its class was changed after fuse, as "
+                "fully_shard does to the modules that it is given; unfuse before that"
+            )
         if _is_replaced(layer):
             raise ValueError(
                 f"{name} has a forward of its own, set after fuse, which would go on calling the "

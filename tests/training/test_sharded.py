@@ -11,22 +11,39 @@ from . import world
 
 
 @pytest.fixture
-def sharded(tmp_path):
-    """A model sharded over the only process of its group."""
+def group(tmp_path):
     store = f"file://{tmp_path}/store"
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
-        model = world.model()
-        fully_shard(model)
-        yield model
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def sharded(group):
+    """A model sharded over the only process of its group."""
+    model = world.model()
+    fully_shard(model)
+    return model
 
 
 def test_leaves_are_taken_out_before(sharded):
     indices = dict.fromkeys(fslora_kernels.modules(sharded), torch.tensor([1]))
     with pytest.raises(ValueError, match=r"is a DTensor, .* before fully_shard"):
         fslora_kernels.extract(sharded, indices)
+
+
+def test_a_layer_that_is_sharded_itself_is_not_unfused(group):
+    """It has a class of its own then, of which ours is only a base."""
+    model = world.model()
+    name = fslora_kernels.modules(model)[0]
+    layer = model.get_submodule(name)
+    x = torch.ones(3, layer.in_features)
+    want = layer(x)
+    fully_shard(layer)
+    with pytest.raises(ValueError, match=f"{name} is a FSDPSketchedLoRALinear: .* unfuse before"):
+        fslora_kernels.unfuse(model)
+    assert name in fslora_kernels.modules(model)
+    torch.testing.assert_close(layer(x), want)
 
 
 def test_the_sketched_optimizer_names_another(sharded):
