@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
+from fslora_kernels._autograd import autocasts
 from fslora_kernels.ops.sketched_linear.interface import unchecked
 from fslora_kernels.weights import LoRAWeights, check_devices
 
@@ -69,7 +69,7 @@ def indirect_reason(base: nn.Module) -> str | None:
 
 def _mixed_dtypes(x: Tensor, weight: Tensor) -> bool:
     """Whether the base layer has its own opinion on dtypes: let it run, or complain."""
-    return x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    return x.dtype != weight.dtype and not autocasts(x)
 
 
 class SketchedForward:
@@ -87,7 +87,7 @@ class SketchedForward:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         """Return base(x) plus the active adapters' deltas, ``[..., out_features]``."""
-        vanilla = _vanilla_reason(self, args, kwargs)
+        vanilla = _vanilla_reason(self, x, args, kwargs)
         if vanilla is not None:
             used = {
                 *self.active_adapters,
@@ -157,10 +157,17 @@ def beside(index: Tensor, factor: Tensor) -> Tensor:
     return index if factor.device.type == "meta" else index.to(factor.device)
 
 
-def _vanilla_reason(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:  # noqa: ANN401
+def _vanilla_reason(
+    layer: Any,  # noqa: ANN401
+    x: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> str | None:
     """Say why a call is left to PEFT's own forward, or None."""
     if args or kwargs:
         return "the call passes more than the input"
+    if x.is_nested:
+        return "the input is a nested tensor"
     if layer.disable_adapters:
         return "the adapters are disabled"
     if layer.merged:

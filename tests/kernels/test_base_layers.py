@@ -190,6 +190,26 @@ def test_an_adapter_on_another_device_is_named():
         model(X)
 
 
+def test_a_nested_input_is_left_to_peft():
+    model = adapted(nn.Linear(6, 4))
+    x = torch.nested.nested_tensor([X[:2], X[2:]], layout=torch.jagged)
+    want = model(x)
+    (name,) = fslora_kernels.fuse(model).fused
+    torch.testing.assert_close(model(x).values(), want.values())
+    fslora_kernels.sketch(model, {name: torch.tensor([1])})
+    with pytest.raises(ValueError, match=r"a sketch is set .* nested tensor"):
+        model(x)
+
+
+def test_shapes_of_mixed_dtypes_on_the_meta_device():
+    """No autocast is known there, and the base layer has no opinion on dtypes."""
+    model = adapted(nn.Linear(6, 4)).to("meta")
+    x = X.to("meta", torch.bfloat16)
+    want = model(x)
+    fslora_kernels.fuse(model)
+    assert (model(x).shape, model(x).dtype) == (want.shape, want.dtype)
+
+
 def test_layers_that_are_no_linear_stay_vanilla_and_are_named():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Embedding(5, 6))
     model = get_peft_model(model, LoraConfig(target_modules=["0", "1"]))
