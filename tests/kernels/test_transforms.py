@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fslora_kernels import (
     Projection,
@@ -78,6 +79,20 @@ def test_on_the_meta_device_shapes_are_computed(dropout):
     assert (y.device.type, y.shape) == ("meta", (6, 8))
     y.sum().backward()
     assert arguments["x"].grad.shape == (6, 10)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_fake_tensors_have_no_values_to_look_at(dropout):
+    """As memory estimators run a training step."""
+    with FakeTensorMode() as mode:
+        arguments = {
+            name: mode.from_tensor(value) if torch.is_tensor(value) else value
+            for name, value in inputs(CASE, torch.float32).items()
+        }
+        x = arguments["x"].requires_grad_()
+        y = sketched_linear(**arguments, dropout=dropout)
+        y.sum().backward()
+    assert (y.shape, x.grad.shape) == ((6, 8), (6, 10))
 
 
 def test_a_default_device_changes_nothing():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from fslora_kernels._autograd import autocasts
@@ -139,6 +140,7 @@ def is_traced(x: Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
         or x.is_meta
+        or isinstance(x, FakeTensor)
     )
 
 
