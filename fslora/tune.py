@@ -38,6 +38,8 @@ def tune(device: str, out: Path | None, console: Console) -> Path:
             f"nothing to tune on {device!r}: {reason}. On a CPU the torch implementation runs, "
             "which has no tiles; call this on the machine with the GPU"
         )
+    if (where.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"there is no device {device!r}: torch sees {count} (cuda:0 is the first)")
     from triton.testing import do_bench
 
     from fslora_kernels._launch import target_of
@@ -45,12 +47,13 @@ def tune(device: str, out: Path | None, console: Console) -> Path:
     name = torch.cuda.get_device_name(where)
     path = out or tuning.own_folder() / tuning.file_name(name)
     rows = []
-    for row in tuning.tune(where, measure=do_bench):
-        rows.append(row)
-        tuning.save(path, name, target_of(where)[0], rows)
-        console.print(
-            f"{row.kernel:<6} {row.ranks:>4} ranks   {1 / row.over_default:5.2f} × as fast as the "
-            f"default   best of {row.tried}: {row.tiles}"
-        )
+    with torch.cuda.device(where):  # do_bench times the current device's stream
+        for row in tuning.tune(where, measure=do_bench):
+            rows.append(row)
+            tuning.save(path, name, target_of(where)[0], rows)
+            console.print(
+                f"{row.kernel:<6} {row.ranks:>4} ranks   {1 / row.over_default:5.2f} × as fast as "
+                f"the default   best of {row.tried}: {row.tiles}"
+            )
     console.print(f"kept in {path}", markup=False, soft_wrap=True)
     return path

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib import metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +169,17 @@ def tune(
 
     Yields:
         For each kernel and number of padded ranks, the best tiles.
+
+    Raises:
+        NotImplementedError: no tiles were chosen for the device, so that the kernels refuse it.
     """
     from fslora_kernels import _launch
 
     target, _ = _launch.target_of(device)
     arithmetic = _launch.arithmetic_of(dtype, target)
+    if ("apply", target, arithmetic) not in TILES:
+        reason = _launch.unknown_target(device, TILES)
+        raise NotImplementedError(f"nothing to tune: {reason}, and the torch implementation runs")
     for kernel in ("apply", "wgrad"):
         for ranks in PADDED_RANKS:
             default = TILES[kernel, target, arithmetic][ranks]
@@ -310,7 +316,8 @@ def save(path: Path, device_name: str, target: str, rows: list[Measured]) -> Non
     Raises:
         ValueError: it cannot be written there.
     """
-    versions = {name: metadata.version(name) for name in ("torch", "triton")}
+    # Not by the names of their distributions: ROCm's Triton has another.
+    versions = {name: str(import_module(name).__version__) for name in ("torch", "triton")}
     table = {
         "device": device_name,
         "target": target,

@@ -1,6 +1,8 @@
 """Tables of measured tiles: what is kept is what launches use, and nothing wrong is kept."""
 
 import json
+from contextlib import contextmanager, nullcontext
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -161,21 +163,67 @@ def test_a_fault_that_shows_only_in_the_comparison_costs_one_candidate():
     assert not tuning._computes([lambda _: Faulty()], Tiles(64, 64), [torch.ones(8)], torch.float16)
 
 
-def test_the_command_keeps_what_it_has_found_when_it_is_interrupted(folders, monkeypatch):
-    from fslora import tune as command
+@pytest.fixture
+def command(monkeypatch):
+    """The command, where torch seems to see two GPUs."""
+    from fslora import tune
 
+    monkeypatch.setattr(tune, "unavailable", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr("fslora_kernels._launch.target_of", lambda _: ("sm_90", 132))
+    return tune
+
+
+def test_the_command_keeps_what_it_has_found_when_it_is_interrupted(folders, monkeypatch, command):
     def rows(*_, **__):
         yield ROWS[0]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "unavailable", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
-    monkeypatch.setattr("fslora_kernels._launch.target_of", lambda _: ("sm_90", 132))
     monkeypatch.setattr(command.tuning, "tune", rows)
     with pytest.raises(KeyboardInterrupt):
         command.tune("cuda", folders / "table.json", Console(quiet=True))
     assert tuning.load(folders / "table.json") == {("apply", "half", 16): ROWS[0].tiles}
+
+
+def test_the_command_times_on_the_device_that_is_asked_for(folders, monkeypatch, command):
+    """Else another device's stream is timed, on which nothing runs."""
+    current = [torch.device("cuda:0")]
+
+    @contextmanager
+    def device(asked):
+        current.append(asked)
+        yield
+        current.pop()
+
+    def rows(asked, **_):
+        assert current[-1] == asked == torch.device("cuda:1")
+        yield ROWS[0]
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(command.tuning, "tune", rows)
+    command.tune("cuda:1", folders / "table.json", Console(quiet=True))
+    assert len(current) == 1
+    with pytest.raises(ValueError, match="no device 'cuda:2': torch sees 2"):
+        command.tune("cuda:2", folders / "table.json", Console(quiet=True))
+
+
+def test_a_device_that_the_kernels_refuse_is_not_tuned(monkeypatch):
+    monkeypatch.setattr("fslora_kernels._launch.target_of", lambda _: ("sm_70", 80))
+    with pytest.raises(NotImplementedError, match="no tiles were chosen for sm_70"):
+        next(tuning.tune(torch.device("cuda"), measure=lambda _: 1.0))
+
+
+def test_a_table_is_saved_where_triton_is_distributed_under_another_name(folders, monkeypatch):
+    def version(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    tuning.save(folders / "table.json", "AMD Instinct MI300X", "gfx942", ROWS)
+    saved = json.loads((folders / "table.json").read_text())
+    assert saved["versions"].keys() == {"torch", "triton"}
 
 
 def test_nothing_is_tuned_without_a_gpu(capsys, monkeypatch):
