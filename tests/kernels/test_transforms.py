@@ -68,21 +68,26 @@ def test_a_trace_gives_the_same_for_other_inputs():
     torch.testing.assert_close(traced(2 * x), sketched_linear(2 * x, **arguments))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_on_the_meta_device_shapes_are_computed(dropout):
+DROPPING = pytest.mark.parametrize(
+    "dropping", [{}, {"dropout": 0.5}, {"dropout": 0.5, "seed": 3}], ids=str
+)
+
+
+@DROPPING
+def test_on_the_meta_device_shapes_are_computed(dropping):
     arguments = {
         name: value.to("meta") if torch.is_tensor(value) else value
         for name, value in inputs(CASE, torch.float32).items()
     }
     arguments["x"].requires_grad_()
-    y = sketched_linear(**arguments, dropout=dropout)
+    y = sketched_linear(**arguments, **dropping)
     assert (y.device.type, y.shape) == ("meta", (6, 8))
     y.sum().backward()
     assert arguments["x"].grad.shape == (6, 10)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_fake_tensors_have_no_values_to_look_at(dropout):
+@DROPPING
+def test_fake_tensors_have_no_values_to_look_at(dropping):
     """As memory estimators run a training step."""
     with FakeTensorMode() as mode:
         arguments = {
@@ -90,7 +95,7 @@ def test_fake_tensors_have_no_values_to_look_at(dropout):
             for name, value in inputs(CASE, torch.float32).items()
         }
         x = arguments["x"].requires_grad_()
-        y = sketched_linear(**arguments, dropout=dropout)
+        y = sketched_linear(**arguments, **dropping)
         y.sum().backward()
     assert (y.shape, x.grad.shape) == ((6, 8), (6, 10))
 

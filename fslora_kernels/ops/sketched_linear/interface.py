@@ -110,6 +110,8 @@ def unchecked(
     traced = is_traced(x)
     if not dropout:
         seed = 0
+    elif _is_empty(x):
+        seed = None  # no mask is drawn
     elif seed is None and not traced:
         seed = _drawn_seed(x)
     x_TD = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
@@ -139,9 +141,13 @@ def is_traced(x: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
-        or x.is_meta
-        or isinstance(x, FakeTensor)
+        or _is_empty(x)
     )
+
+
+def _is_empty(x: Tensor) -> bool:
+    """Whether a tensor has a shape and no values."""
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def widens(x: Tensor, *factors: Tensor) -> bool:
