@@ -14,7 +14,12 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from fslora_kernels._dispatch import check_implementation, unavailable
-from fslora_kernels.nn.linear import SketchedForward, SketchedLoRALinear, indirect_reason
+from fslora_kernels.nn.linear import (
+    SketchedForward,
+    SketchedLoRALinear,
+    adapters_reason,
+    indirect_reason,
+)
 
 # Exact types only: a subclass may compute something else. The quantised ones are known by their
 # names, so that their libraries are not imported here; they join the table when one is met.
@@ -53,7 +58,8 @@ class FuseReport:
     """What ``fuse`` did.
 
     Attributes:
-        fused: module name to its mode: "delta-first", or "accumulate: <why>".
+        fused: module name to its mode: "delta-first", or "accumulate: <why>"; or "vanilla: <why>"
+            where PEFT's own code computes the layer as long as the reason holds.
         left: module name to why it stays vanilla PEFT.
         implementation: what the layers ask for; "auto" decides at each call.
     """
@@ -119,14 +125,23 @@ def _refusal(layer: LoraLayer) -> str | None:
     return None
 
 
+def _mode(layer: Any) -> str:  # noqa: ANN401
+    if (reason := adapters_reason(layer)) is not None:
+        return f"vanilla: {reason}"
+    if (reason := indirect_reason(layer.base_layer)) is not None:
+        return f"accumulate: {reason}"
+    return "delta-first"
+
+
 def fuse(model: nn.Module, implementation: str | None = None) -> FuseReport:
     """Make the LoRA layers of a PEFT model compute through ``sketched_linear``.
 
     Works before or in the middle of training: parameters, optimizers, hooks and checkpoints stay
     what they are. Layers that cannot be fused are left as they are and listed in the report, as
     are those that run their own base layer first (mode "accumulate"): quantised, offloaded, hooked
-    or parametrized ones. Calling it again changes the implementation, and fuses layers that an
-    adapter which came later has added.
+    or parametrized ones; and those whose active adapter is itself offloaded or hooked, or of a
+    variant, which PEFT computes (mode "vanilla"). Calling it again changes the implementation, and
+    fuses layers that an adapter which came later has added.
 
     Args:
         model: a ``peft.PeftModel``, or any module with PEFT LoRA layers in it.
@@ -163,8 +178,7 @@ def fuse(model: nn.Module, implementation: str | None = None) -> FuseReport:
             _change_class(layer, FUSED_CLASSES[type(layer)])
             layer.restrictions = {}
         layer.implementation = implementation
-        indirect = indirect_reason(layer.base_layer)
-        fused[name] = "delta-first" if indirect is None else f"accumulate: {indirect}"
+        fused[name] = _mode(layer)
     return FuseReport(fused, left, implementation or "auto")
 
 

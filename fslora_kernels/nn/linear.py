@@ -172,6 +172,11 @@ def _vanilla_reason(
         return "the adapters are disabled"
     if layer.merged:
         return "an adapter is merged into the base weight"
+    return adapters_reason(layer)
+
+
+def adapters_reason(layer: Any) -> str | None:  # noqa: ANN401
+    """Say why a layer with its active adapters is left to PEFT's own forward, or None."""
     for name in layer.active_adapters:
         if name in layer.lora_variant:
             return "an active adapter is a LoRA variant"

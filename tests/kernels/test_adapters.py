@@ -150,9 +150,12 @@ def test_an_adapter_added_as_dora_is_peft_s_own(two):
         each.add_adapter("dora", config(use_dora=True))
         each.set_adapter("dora")
     torch.testing.assert_close(model(X), vanilla(X))
+    modes = fslora_kernels.fuse(model).fused.values()
+    assert set(modes) == {"vanilla: an active adapter is a LoRA variant"}
     for each in two:
         each.set_adapter("default")
     torch.testing.assert_close(model(X), vanilla(X))
+    assert set(fslora_kernels.fuse(model).fused.values()) == {"delta-first"}
 
 
 @pytest.mark.parametrize("fuse_first", [False, True])
