@@ -89,7 +89,7 @@ class SketchedAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, such as those of an adapter that the model has got since."""
         super().add_param_group(param_group)
-        self._factors = _factors(self._model)
+        self._find_factors()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles: the model too, to find its factors by."""
@@ -99,7 +99,11 @@ class SketchedAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a state, whole or only that of the parameters."""
         super().__setstate__(state)
-        self._factors = _factors(self._model)
+        self._find_factors()
+
+    def _find_factors(self) -> None:
+        """Add the factors that are fused now; those that were once keep a state by ranks."""
+        self._factors = vars(self).get("_factors", {}) | _factors(self._model)
 
     @torch.no_grad()
     def step(  # type: ignore[override]

@@ -242,6 +242,24 @@ def test_a_copy_of_model_and_optimizer_goes_on_with_the_same_bits(shared_data):
         assert torch.equal(one, other)
 
 
+def test_an_unfused_model_is_stepped_on_after_its_state_is_loaded_again(shared_data):
+    model = fused(llama, shared_data)
+    optimizer, ids = SketchedAdamW(model, **RULE), tokens(model)
+    train(model, optimizer, ids, sketches=[drawn(model, seed=5)])
+    fslora_kernels.unfuse(model)
+    other = copy.deepcopy(model)
+    parameters = [p for p in other.parameters() if p.requires_grad]
+    start = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, ids)
+    want = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+    for parameter, old in zip(optimizer.param_groups[0]["params"], parameters, strict=True):
+        parameter.data.copy_(old)
+    optimizer.load_state_dict(start)
+    train(model, optimizer, ids)
+    for parameter, after in zip(optimizer.param_groups[0]["params"], want, strict=True):
+        assert torch.equal(parameter, after)
+
+
 def test_what_cannot_be_is_refused(shared_data, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model = llama(shared_data)
