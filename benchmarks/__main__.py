@@ -1,9 +1,12 @@
 """The command ``python -m benchmarks``."""
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+
+from fslora.errors import is_for_the_user
 
 # Name to (module, one line). Modules are imported when they are asked for.
 BENCHMARKS = {
@@ -36,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given and given[0] in BENCHMARKS:
         # peft 0.21 reads a property that transformers 5.23 renamed.
         warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
-        code: int = import_module(BENCHMARKS[given[0]][0]).main(given[1:])
-        return code
+        return _run(given[0], given[1:])
     wrong = bool(given) and given[0] not in ("-h", "--help")
     stream = sys.stderr if wrong else sys.stdout
     print("usage: python -m benchmarks NAME [flags]   (NAME --help explains them)\n", file=stream)
@@ -46,6 +48,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if wrong:
         print(f"\nthere is no benchmark {given[0]!r}", file=stream)
     return 2 if wrong else 0
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    """Run a benchmark; what its user can mend is told in a line."""
+    try:
+        code: int = import_module(BENCHMARKS[name][0]).main(arguments)
+    except KeyboardInterrupt:
+        print(f"\nbenchmarks {name}: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # as of `… | head`: whoever reads has read enough
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - written to at exit
+        return 141
+    except Exception as error:
+        if not is_for_the_user(error, "benchmarks"):
+            raise
+        print(f"benchmarks {name}: {error}", file=sys.stderr)
+        return 2
+    return code
 
 
 if __name__ == "__main__":

@@ -236,6 +236,6 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{what_stays(rows)}\n")
         if chosen.out:
             for row in rows:
-                record = {"benchmark": "cost", "model": name, **provenance(), **asdict(row)}
+                record = {"benchmark": "cost", "model": name, **provenance("cpu"), **asdict(row)}
                 append_record(chosen.out, record)
     return 0

@@ -20,6 +20,7 @@ import torch
 
 import fslora_kernels
 from benchmarks.cost import language_batch
+from benchmarks.flags import at_least
 from benchmarks.timing import Interval, Pairs, append_record, clock, provenance, take_turns
 from benchmarks.workload import bare, default_model, shared_model, with_adapter
 from fslora.assignment import client_task, first_state, gather_rest
@@ -201,7 +202,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--ratio", type=Fraction, default=Fraction(1, 4), help="S/R")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=64, help="tokens of an example")
-    parser.add_argument("--repeats", type=int, default=9, help="runs of each row")
+    parser.add_argument("--repeats", type=at_least(2), default=9, help="runs of each row")
     parser.add_argument("--out", type=Path, help="append the rows to this JSONL file")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -219,9 +220,9 @@ def main(arguments: Sequence[str]) -> int:
         tasks = tasks_of(client, ratio)
         rows = [client.measure(row, task) for row, task in tasks.items()]
         times = timed(client, tasks, chosen.repeats)
-        print(f"{table(rows, times)}\n(the first row's time: a run over its own next one)\n")
+        print(f"{table(rows, times)}\n(the first row's time: a run over the one before)\n")
         for row in rows if chosen.out else ():
-            record = {"benchmark": "depth", "model": name, "ratio": ratio, **provenance()}
+            record = {"benchmark": "depth", "model": name, "ratio": ratio, **provenance("cpu")}
             record |= {**asdict(row), "cpu_time": asdict(times[row.row])}
             append_record(chosen.out, record)
     return wrong

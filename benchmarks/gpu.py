@@ -104,7 +104,12 @@ def run_stage(name: str, setting: Setting) -> Row:
     start = perf_counter()
     if setting.dry:
         torch.set_num_threads(1)  # nothing there is worth waiting for a second one
-    result: Row = {"stage": name, "status": "running", "dry": setting.dry, **provenance()}
+    result: Row = {
+        "stage": name,
+        "status": "running",
+        "dry": setting.dry,
+        **provenance(setting.device),
+    }
     result |= {"implementations": setting.implementations, "error": None, "rows": []}
     try:
         stage: Callable[[Setting], Iterator[Row]] = getattr(import_module(module), name)

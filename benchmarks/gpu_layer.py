@@ -86,7 +86,7 @@ class Cells:
         self.measure = clock(setting.device)
         self.results: list[Result] = []
         self._setting = setting
-        self._facts = {"benchmark": "layer", **provenance()}
+        self._facts = {"benchmark": "layer", **provenance(setting.device)}
         self._known: dict[str, Ceilings] = {}
 
     def rows(self, cells: list[Cell], seconds: float, end: float) -> Iterator[Row]:

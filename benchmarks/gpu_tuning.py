@@ -71,7 +71,7 @@ def tuning(setting: Setting) -> Iterator[Row]:
         return
     from fslora_kernels._launch import target_of
 
-    device, name = torch.device(setting.device), device_name()
+    device, name = torch.device(setting.device), device_name(setting.device)
     shipped = tables.SHIPPED / tables.file_name(name)
     paths = [setting.out / "tuned.json", *(() if setting.dry else [shipped])]
     measure, shapes, dtype = _measurement(setting)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.compare import Result, compare, record
+from benchmarks.flags import at_least
 from benchmarks.lorafusion import load, lorafusion
 from benchmarks.peers import Builder
 from benchmarks.problem import missing_for
 from benchmarks.roofline import Ceilings, ceilings
 from benchmarks.shapes import Cell, cells
 from benchmarks.table import LEGEND, cell_table, cell_title, summary
-from benchmarks.timing import Clock, append_record, clock, provenance
+from benchmarks.timing import Clock, append_record, check_device, clock, provenance
 
 RowList = Callable[..., list[Builder]]
 _SECONDS = {"cpu": 5.0, "cuda": 2.0}
@@ -27,10 +28,9 @@ _SECONDS = {"cpu": 5.0, "cuda": 2.0}
 def run(name: str, about: str | None, row_list: RowList, arguments: Sequence[str]) -> int:
     """Measure the chosen cells; return 1 if a row is wrong, 2 if the flags are."""
     chosen = _flags(name, about).parse_args(arguments)
-    if chosen.device == "cuda" and not torch.cuda.is_available() and not chosen.list:
-        print("torch sees no GPU here; leave out --device cuda", file=sys.stderr)
-        return 2
     try:
+        if not chosen.list:
+            check_device(chosen.device)
         chosen_cells = cells(chosen.device, full=chosen.full, names=chosen.shapes)
         fusion = load(chosen.lorafusion) if chosen.lorafusion else None
     except ValueError as error:
@@ -43,7 +43,7 @@ def run(name: str, about: str | None, row_list: RowList, arguments: Sequence[str
     measure = clock(chosen.device)
     known: dict[str, Ceilings] = {}
     results = []
-    facts = provenance() | {"threads": torch.get_num_threads()}
+    facts = provenance(chosen.device) | {"threads": torch.get_num_threads()}
     print(f"{facts['device']}, commit {facts['commit']}, {_clock_name(chosen.device)}\n{LEGEND}\n")
     for number, cell in enumerate(chosen_cells, 1):
         if reason := missing_for(cell):
@@ -142,7 +142,10 @@ def _flags(name: str, about: str | None) -> argparse.ArgumentParser:
         help="timing of each cell; default 5 on a CPU, 2 on a GPU, but at least five rounds",
     )
     parser.add_argument(
-        "--repeats", type=int, default=0, help="exactly so many rounds a cell, not by seconds"
+        "--repeats",
+        type=at_least(0),
+        default=0,
+        help="exactly so many rounds a cell, not by seconds",
     )
     parser.add_argument(
         "--compile",

@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 import fslora_kernels
-from benchmarks.timing import append_record, provenance
+from benchmarks.timing import append_record, check_device, provenance
 from fslora.sketch import draw_sketches
 from fslora_kernels.memory import AliveBytes, addresses, saved_storages
 from fslora_kernels.testing import check_error_budget
@@ -286,6 +286,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen = vars(parser.parse_args(arguments))
     out, dropout = chosen.pop("out"), chosen.pop("dropout")
     size = Size(**chosen)
+    check_device(size.device)
     layer = Layer(size)
     wrong = errors(layer, dropout)
     found = list(rows(layer, (0.0, dropout)))
@@ -296,6 +297,11 @@ def main(arguments: Sequence[str]) -> int:
     print(table(found, wrong))
     for row in found if out else ():
         values = {"error": wrong[row.row]} if row.row in wrong else asdict(row)
-        fields = {"benchmark": "memory", **provenance(), "size": asdict(size), "row": row.row}
+        fields = {
+            "benchmark": "memory",
+            **provenance(size.device),
+            "size": asdict(size),
+            "row": row.row,
+        }
         append_record(out, {**fields, "dropout": row.dropout, **values})
     return int(bool(wrong))

@@ -22,12 +22,14 @@ from torch import Tensor, nn
 
 import fslora_kernels
 from benchmarks.cost import language_batch
+from benchmarks.flags import at_least
 from benchmarks.shapes import ratio_name
 from benchmarks.timing import (
     Interval,
     Turns,
     append_record,
     bootstrap,
+    check_device,
     clock,
     provenance,
     take_turns,
@@ -276,12 +278,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rank", type=int, default=64, help="R")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="S/R, as decimals")
     parser.add_argument("--seconds", type=float, default=20.0, help="timing of each ratio")
-    parser.add_argument("--repeats", type=int, default=0, help="exactly so many rounds instead")
+    parser.add_argument("--repeats", type=at_least(0), default=0, help="rounds, not by seconds")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
     parser.add_argument("--out", type=Path, help="append the results to this JSONL file")
     chosen = parser.parse_args(arguments)
+    check_device(chosen.device)
     torch.set_num_threads(1)
     red = False
     for workload in _workloads(chosen):
@@ -296,7 +299,11 @@ def main(arguments: Sequence[str]) -> int:
                 seconds=chosen.seconds,
                 rounds=chosen.repeats,
             )
-            fields = {"benchmark": "model", **provenance(), "workload": asdict(workload)}
+            fields = {
+                "benchmark": "model",
+                **provenance(chosen.device),
+                "workload": asdict(workload),
+            }
             fields |= {"rank": chosen.rank, "sketch_size": size}
             if isinstance(found, str):
                 red = True

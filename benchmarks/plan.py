@@ -236,5 +236,7 @@ def main(arguments: Sequence[str]) -> int:
     if chosen.out:
         for row in rows:
             habit = {"give_back": chosen.give_back}
-            append_record(chosen.out, {"benchmark": "plan", **habit, **provenance(), **asdict(row)})
+            append_record(
+                chosen.out, {"benchmark": "plan", **habit, **provenance("cpu"), **asdict(row)}
+            )
     return 0

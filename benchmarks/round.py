@@ -24,6 +24,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from benchmarks.flags import at_least
 from benchmarks.timing import Pairs, append_record, provenance, summary_ms
 from benchmarks.workload import bare, default_model, with_adapter
 from fslora.client import LocalTrainer
@@ -265,7 +266,7 @@ def report(pairs: Pairs) -> None:
     print(f"  a simulated round  {summary_ms(pairs.ours_s)}")
     print(f"  plain PEFT loop    {summary_ms(pairs.peer_s)}")
     print(f"  ratio {pairs.ratio} over {len(pairs.ours_s)} pairs: {pairs.verdict}")
-    print(f"  A/A   {pairs.spread}, our round over our next round: what the noise alone does")
+    print(f"  A/A   {pairs.spread}, our round over our last one: what the noise alone does")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -283,7 +284,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--length", type=int, default=64, help="tokens of an example")
     parser.add_argument("--rank", type=int, default=16, help="of the shared adapter")
     parser.add_argument("--ratios", default="1/8,1/4,1/2", help="sketch ratios of the clients")
-    parser.add_argument("--repeats", type=int, default=5, help="how many pairs of rounds")
+    parser.add_argument("--repeats", type=at_least(2), default=5, help="how many pairs of rounds")
     parser.add_argument("--out", type=Path, help="append the result to this JSONL file")
     parser.add_argument("--profile", action="store_true", help="print where our own time goes")
     chosen = parser.parse_args(arguments)
@@ -331,7 +332,7 @@ def to_record(settings: dict[str, Any], pairs: Pairs, deviation: float) -> dict[
     """Return everything that was measured, and under what circumstances, as plain values."""
     return {
         "benchmark": "round",
-        **provenance(),
+        **provenance("cpu"),
         "settings": settings,
         "threads": torch.get_num_threads(),
         "clock": "process CPU seconds",

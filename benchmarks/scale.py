@@ -347,6 +347,6 @@ def main(arguments: Sequence[str]) -> int:
                 found = apart({**base, name: value})
                 print(line(found), flush=True)
                 if chosen.out:
-                    append_record(chosen.out, {"benchmark": "scale", **provenance(), **found})
+                    append_record(chosen.out, {"benchmark": "scale", **provenance("cpu"), **found})
             print("\n".join(parts_of(found)))
     return 0

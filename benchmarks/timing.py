@@ -63,12 +63,14 @@ class Pairs:
 
     @property
     def spread(self) -> Interval:
-        """A/A: each run of ours over its own next run. A ratio inside it is noise."""
+        """A/A, of two runs at least: each of ours over the one before. A ratio inside is noise."""
         return bootstrap([b / a for a, b in pairwise(self.ours_s)])
 
     @property
     def verdict(self) -> str:
         """Say which is faster, if the figures allow it."""
+        if len(self.ours_s) < LEAST_ROUNDS:
+            return f"fewer than {LEAST_ROUNDS} pairs have no interval, and say nothing"
         ratio = self.ratio
         if ratio.low > SLOWER_ABOVE:
             return "ours is slower"
@@ -100,7 +102,7 @@ class Turns:
 
     @property
     def spread(self) -> Interval:
-        """A/A: each run of ours over its own next run."""
+        """A/A: each run of ours over the one before."""
         return Pairs(self.ours_s, self.ours_s).spread
 
 
@@ -229,20 +231,39 @@ def summary_ms(seconds: list[float]) -> str:
     return f"{median:10.1f} ms   ({low:.1f} to {high:.1f})"
 
 
-def provenance() -> dict[str, object]:
-    """Return when, on what and by which code a figure was measured."""
+def provenance(device: str = "auto") -> dict[str, object]:
+    """Return when, on what and by which code a figure was measured.
+
+    Args:
+        device: as for ``device_name``.
+    """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
-        "device": device_name(),
+        "device": device_name(device),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
     }
 
 
-def device_name() -> str:
-    """Return the name of the GPU, or of the processor where there is none."""
-    if torch.cuda.is_available():
+def check_device(device: str) -> None:
+    """Check that a device is there.
+
+    Raises:
+        ValueError: a GPU is asked for, and torch sees none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch sees no GPU here; leave out --device cuda")
+
+
+def device_name(device: str = "auto") -> str:
+    """Return the name of a GPU or of the processor.
+
+    Args:
+        device: what a figure is measured on, as torch's device type; "auto" is the GPU where there
+            is one.
+    """
+    if device != "cpu" and torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

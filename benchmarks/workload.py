@@ -46,6 +46,10 @@ def bare(model: str, *, classes: int = 0, layers: int = 0) -> nn.Module:
         model: folder, hub id, ``docs-base`` or ``llama-768``.
         classes: make it a classifier of so many classes; 0 keeps the language model.
         layers: keep only the first so many layers; 0 keeps all.
+
+    Raises:
+        FileNotFoundError: it is written like a path and there is nothing.
+        ValueError: it cannot be loaded.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -55,9 +59,16 @@ def bare(model: str, *, classes: int = 0, layers: int = 0) -> nn.Module:
     settings |= {"num_hidden_layers": layers} if layers else {}
     settings |= {"num_labels": classes} if classes else {}
     auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
+    path = model_path(model)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # of a classifier's head
-        base = auto.from_pretrained(model_path(model), **settings)
+        try:
+            base = auto.from_pretrained(path, **settings)
+        except OSError as error:
+            raise ValueError(
+                f"cannot load the model {model!r}: {' '.join(str(error).split())[:300]} … "
+                f"Give a folder that save_pretrained wrote, a hub id, docs-base or {LLAMA_768}"
+            ) from error
     return base.requires_grad_(requires_grad=False).train()
 
 

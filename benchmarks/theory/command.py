@@ -146,7 +146,7 @@ def report(
             print(f"  {claim.name:<4} {claim.text}\n       {claim.rule}")
     print()
     record, file = (
-        {"benchmark": "theory", **provenance(), **effort.to_json()},
+        {"benchmark": "theory", **provenance("cpu"), **effort.to_json()},
         out / "findings.jsonl",
     )
     start = process_time()

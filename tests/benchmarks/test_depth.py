@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import depth
 
-FLAGS = ["--model", "docs-base", "--batch-size", "2", "--length", "8", "--repeats", "1"]
+FLAGS = ["--model", "docs-base", "--batch-size", "2", "--length", "8", "--repeats", "2"]
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ def test_the_interval_holds_the_median_and_narrows_with_more_samples():
     [(0.8, "ours is faster"), (1.01, "no difference that the noise allows"), (1.1, "ours is slow")],
 )
 def test_the_verdict_follows_the_interval(ours, verdict):
-    pairs = Pairs([ours, ours * 1.001, ours], [1.0, 1.0, 1.0])
+    pairs = Pairs([ours, ours * 1.001, ours, ours, ours], [1.0] * 5)
     assert pairs.ratio.median == pytest.approx(ours)
     assert pairs.verdict.startswith(verdict)
 
@@ -106,3 +106,48 @@ def test_a_copy_without_history_is_told_which_commit_it_is(monkeypatch):
     assert timing.git_commit() == "unknown"
     monkeypatch.setenv("FSLORA_COMMIT", "abc1234")
     assert timing.git_commit() == "abc1234"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["memory", "--device", "cuda"], "torch sees no GPU here; leave out --device cuda"),
+        (["model", "--device", "cuda"], "torch sees no GPU here"),
+        (["cost", "--model", "/no/model"], "there is no model folder /no/model"),
+        (["round", "--model", "docs-base", "--ratios", "3"], "--ratios must be in (0, 1], got 3"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(flags, said, capsys, monkeypatch):
+    monkeypatch.setattr(timing.torch.cuda, "is_available", lambda: False)
+    threads = timing.torch.get_num_threads()
+    try:
+        assert main(flags) == 2
+    finally:
+        timing.torch.set_num_threads(threads)
+    error = capsys.readouterr().err
+    assert error.startswith(f"benchmarks {flags[0]}: {said}")
+    assert error.count("\n") == 1
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("benchmarks.kernels.main", json.loads)
+    with pytest.raises(TypeError):
+        main(["kernels"])
+
+
+def test_what_ran_on_the_processor_is_said_to_have(monkeypatch):
+    monkeypatch.setattr(timing.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(timing.torch.cuda, "get_device_name", lambda: "a GPU")
+    assert provenance()["device"] == provenance("cuda")["device"] == "a GPU"
+    assert provenance("cpu")["device"] != "a GPU"
+
+
+def test_too_few_pairs_have_no_verdict():
+    assert "say nothing" in Pairs([2.0, 2.0], [1.0, 1.0]).verdict
+
+
+@pytest.mark.parametrize("text", ["1", "-3", "two", "2.5"])
+def test_a_number_that_is_too_small_is_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["round", "--repeats", text])
+    assert f"a whole number from 2 on, not '{text}'" in capsys.readouterr().err
