@@ -3,11 +3,12 @@
 MiniLM's first two layers classify SST-2. Ten clients with even shares of 9,622 sentences train in
 every round, two of them hostile (20%), at sketch ratios 1/4, 1/2 and 1, so that a rank is trained
 by six of them on average. From a fresh head this model stands at chance for some hundred steps
-whoever trains it, so the server first trains alone, with 3,207 other sentences, until it has begun
+whoever trains it, so the server first trains alone, with 3,208 other sentences, until it has begun
 to learn; every run of a seed begins there. The whole development set is scored after the last
 round.
 
-Every run is a line of runs.jsonl as soon as it is done, and is not repeated.
+Every run is a line of runs.jsonl as soon as it is done, and is not repeated. The table is of the
+runs with the schedule that is asked for.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from typing import Any, get_args
 import torch
 
 from benchmarks.timing import append_record, provenance
-from benchmarks.workload import shared_model
-from fslora import evaluation
+from benchmarks.workload import shared_data, shared_model
+from fslora import disk, evaluation
 from fslora.client import LocalTrainer
 from fslora.config import SimulateConfig
 from fslora.data.tasks import Evaluation
@@ -56,22 +57,26 @@ BAND = 0.03
 def main(arguments: Sequence[str]) -> int:
     """Run what is missing; print the table and write it."""
     chosen = _flags().parse_args(arguments)
-    model = shared_model("all-MiniLM-L6-v2-fp16")
-    if model is None:
-        print("this needs the shared models and data: point FSLORA_SHARED at them")
-        return 2
+    model, glue = shared_model("all-MiniLM-L6-v2-fp16"), shared_data() / "glue/SST-2"
+    if model is None or not glue.is_dir():
+        raise FileNotFoundError(
+            f"{shared_data()} has no all-MiniLM-L6-v2-fp16 or no SST-2; point FSLORA_SHARED at the "
+            "shared folder"
+        )
     torch.set_num_threads(1)
-    glue = Path(model).parents[1] / "glue/SST-2"
     runs = chosen.out / "runs.jsonl"
+    schedule = {name: getattr(chosen, name) for name in SCHEDULE}
     with TemporaryDirectory() as folder:
         deal(glue / "train.tsv.gz", Path(folder))
         for seed in chosen.seeds:
-            done = {_cell(line) for line in read(runs)}
-            strength = chosen.strength
+            done = {_cell(line) for line in of_schedule(read(runs), schedule)}
+            facts = {"seed": seed, "strength": chosen.strength}
             cells = [
-                (seed, attack, strength, rule) for attack in chosen.attacks for rule in chosen.rules
+                {**facts, "attack": attack, "rule": rule}
+                for attack in chosen.attacks
+                for rule in chosen.rules
             ]
-            missing = [cell for cell in cells if cell not in done]
+            missing = [cell for cell in cells if _cell(cell) not in done]
             if not missing:
                 continue
             config = SimulateConfig(
@@ -99,18 +104,15 @@ def main(arguments: Sequence[str]) -> int:
             run = prepare(config)
             begun = score(run, start)
             print(f"seed {seed}: begins at {begun.metric:.4f}", flush=True)
-            for _, attack, _, rule in missing:
-                facts = {"seed": seed, "attack": attack, "strength": strength, "rule": rule}
-                facts["begun"] = begun.metric
-                changed = replace(config, attack=attack, robust=rule)
-                if attack in STRENGTH:
-                    changed = replace(changed, attack_strength=strength)
-                outcome = outcome_of(run, changed, start)
-                print({**facts, **outcome}, flush=True)
-                schedule = {n: getattr(chosen, n) for n in SCHEDULE}
-                append_record(runs, {**facts, **outcome, **schedule, **provenance()})
-    text = table(read(runs))
-    (chosen.out / "table.md").write_text(text, encoding="utf-8")
+            for cell in missing:
+                changed = replace(config, attack=cell["attack"], robust=cell["rule"])
+                if cell["attack"] in STRENGTH:
+                    changed = replace(changed, attack_strength=chosen.strength)
+                line = {**cell, "begun": begun.metric, **outcome_of(run, changed, start)}
+                print(line, flush=True)
+                append_record(runs, {**line, **schedule, **provenance()})
+    text = table(of_schedule(read(runs), schedule))
+    disk.write_atomically(chosen.out / "table.md", text.encode())
     print(text)
     return 0
 
@@ -222,8 +224,18 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _cell(line: dict[str, Any]) -> tuple[int, str, float, str]:
-    return line["seed"], line["attack"], line["strength"], line["rule"]
+def of_schedule(lines: Sequence[dict[str, Any]], schedule: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the runs that trained as long and as fast."""
+    return [line for line in lines if all(line[name] == schedule[name] for name in SCHEDULE)]
+
+
+def _cell(line: dict[str, Any]) -> tuple[int, str, float | None, str]:
+    return line["seed"], *_attack(line), line["rule"]
+
+
+def _attack(line: dict[str, Any]) -> tuple[str, float | None]:
+    """The attack and its strength, None of one that has none."""
+    return line["attack"], line["strength"] if line["attack"] in STRENGTH else None
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
@@ -233,7 +245,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     """
     found = {_cell(line): line["metric"] for line in lines}
     seeds = sorted({line["seed"] for line in lines})
-    clean = [found.get((seed, "none", 10.0, "none"), math.inf) for seed in seeds]
+    clean = [found.get((seed, "none", None, "none"), math.inf) for seed in seeds]
     begun = {line["seed"]: f"{line['begun']:.3f}" for line in lines}
     rows = [
         f"The server alone comes to {', '.join(begun[seed] for seed in seeds)} "
@@ -242,7 +254,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         "| attack | " + " | ".join(get_args(Robust)) + " |",
         "|---" * (1 + len(get_args(Robust))) + "|",
     ]
-    for attack, strength in dict.fromkeys((line["attack"], line["strength"]) for line in lines):
+    for attack, strength in dict.fromkeys(map(_attack, lines)):
         cells = []
         for rule in get_args(Robust):
             own = [found.get((seed, attack, strength, rule)) for seed in seeds]
@@ -253,6 +265,6 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
             ok = all(one >= best - BAND for one, best in zip(known, clean, strict=True))
             each = ", ".join(f"{one:.3f}" for one in known)
             cells.append(f"{statistics.mean(known):.3f} ({each}){' ok' if ok else ''}")
-        times = f" × {strength:g}" if attack in STRENGTH else ""
+        times = "" if strength is None else f" × {strength:g}"
         rows.append(f"| {attack}{times} | " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
