@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,16 @@ _PANEL = (2.9, 2.9)  # inches
 _LEGEND = 0.7
 
 
+def need_matplotlib() -> None:
+    """Check that a figure can be drawn, before there is anything to draw.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ValueError("the figure needs matplotlib: pip install matplotlib")
+
+
 def draw(results: Sequence[Result], path: Path) -> None:
     """Write a PNG with a row of four panels for each series of cells.
 
@@ -37,19 +48,18 @@ def draw(results: Sequence[Result], path: Path) -> None:
         path: of the PNG; its folder is made if missing.
 
     Raises:
-        ValueError: matplotlib is not installed, or no row of any cell is right.
+        ValueError: matplotlib is not installed, or in no cell are ours and the base right.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("the figure needs matplotlib: pip install matplotlib") from error
+    need_matplotlib()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     groups: dict[str, list[Result]] = {}
     for result in results:
         if "ours" in _rows(result) and "base" in _rows(result):
             groups.setdefault(result.cell.series, []).append(result)
     if not groups:
-        raise ValueError("there is nothing to draw: ours or the base is wrong in every cell")
+        raise ValueError("in no cell were ours and the base measured and right")
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(STYLE)

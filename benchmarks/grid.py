@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.compare import Result, compare, record
+from benchmarks.figure import draw, need_matplotlib
 from benchmarks.flags import at_least
 from benchmarks.lorafusion import load, lorafusion
 from benchmarks.peers import Builder
@@ -33,6 +34,8 @@ def run(name: str, about: str | None, row_list: RowList, arguments: Sequence[str
             check_device(chosen.device)
         chosen_cells = cells(chosen.device, full=chosen.full, names=chosen.shapes)
         fusion = load(chosen.lorafusion) if chosen.lorafusion else None
+        if chosen.figure:
+            need_matplotlib()
     except ValueError as error:
         print(f"benchmarks {name}: {error}", file=sys.stderr)
         return 2
@@ -65,11 +68,12 @@ def run(name: str, about: str | None, row_list: RowList, arguments: Sequence[str
         if chosen.out:
             keep(result, chosen.out, {"benchmark": name, **facts})
     print(summary(results))
-    if chosen.figure and results:
-        from benchmarks.figure import draw
-
-        draw(results, chosen.figure)
-        print(f"figure: {chosen.figure}")
+    if chosen.figure:
+        try:
+            draw(results, chosen.figure)
+            print(f"figure: {chosen.figure}")
+        except ValueError as error:
+            print(f"no figure: {error}", file=sys.stderr)
     return int(any(result.red for result in results))
 
 
@@ -147,12 +151,15 @@ def _flags(name: str, about: str | None) -> argparse.ArgumentParser:
         default=0,
         help="exactly so many rounds a cell, not by seconds",
     )
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=gpu,
-        help="rows for PEFT under torch.compile (a minute for each shape on a CPU)",
-    )
+    if name == "layer":
+        parser.add_argument(
+            "--compile",
+            action=argparse.BooleanOptionalAction,
+            default=gpu,
+            help="rows for PEFT under torch.compile (a minute for each shape on a CPU)",
+        )
+    else:
+        parser.set_defaults(compile=False)  # no row of PEFT
     parser.add_argument(
         "--lorafusion", type=Path, help="a checkout of LoRAFusion, for a row of it (needs a GPU)"
     )

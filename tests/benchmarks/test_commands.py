@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import grid, kernels, layer, peers, problem
+from benchmarks import figure, grid, kernels, layer, peers, problem
 from benchmarks.shapes import Series
 
 
@@ -54,6 +54,27 @@ def test_a_wrong_result_is_red_and_the_exit_code_says_so(monkeypatch, capsys, tm
     assert "red:" in capsys.readouterr().out
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert all(record["error"] and not record["seconds"] for record in records)
+
+
+def test_a_figure_that_cannot_be_drawn_is_said_before_anything_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(figure, "find_spec", lambda _: None)
+    monkeypatch.setattr(grid, "measure_cell", lambda *_, **__: pytest.fail("measured"))
+    assert layer.main(["--device", "cpu", "--figure", "figure.png"]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_nothing_right_is_no_figure_and_no_traceback(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(peers.fslora_kernels, "bind", lambda model, leaves: None)
+    flags = ["--repeats", "1", "--device", "cpu", "--shapes", "seen-t32-r8-float32-s2"]
+    assert layer.main([*flags, "--figure", str(tmp_path / "figure.png")]) == 1
+    assert "no figure: in no cell" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bare_operation_has_no_row_that_could_be_compiled(capsys):
+    with pytest.raises(SystemExit):
+        kernels.main(["--compile", "--list"])
+    assert "unrecognized arguments: --compile" in capsys.readouterr().err
 
 
 def test_cells_are_listed_and_wrong_names_refused(capsys):
