@@ -9,12 +9,16 @@ With ``--only`` the other lines of the file that ``--out`` names stay as they ar
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.progress import track
 
+from benchmarks.flags import at_least
+from fslora import disk
 from fslora_kernels import aot
 from fslora_kernels.aot import TARGETS, Report, Target, Variant
 
@@ -94,6 +98,21 @@ def updated(path: Path, new: Sequence[str], every: dict[Group, int]) -> list[str
     return [of[start] for start in starts if start in of]
 
 
+def check_version(path: Path) -> None:
+    """Check that the lines of a file that stay were compiled by this version of Triton.
+
+    Raises:
+        ValueError: they were compiled by another.
+    """
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    before = re.search(r"`, triton (\S+)\. ", text)
+    if before and before[1] != version("triton"):
+        raise ValueError(
+            f"{path} is of triton {before[1]}, and this is {version('triton')}: its other lines "
+            "cannot stay; leave out --only, or name another file"
+        )
+
+
 def main(arguments: Sequence[str]) -> int:
     """Compile, print the table, and return 1 if anything spills or does not fit."""
     parser = argparse.ArgumentParser(
@@ -101,13 +120,16 @@ def main(arguments: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--all", action="store_true", help="every compilation: an hour or two")
-    parser.add_argument("--per-line", type=int, default=1, help="compilations of each line")
+    many = parser.add_mutually_exclusive_group()
+    many.add_argument("--all", action="store_true", help="every compilation: an hour or two")
+    many.add_argument("--per-line", type=at_least(1), default=1, help="compilations of each line")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORD", help="lines with all of: half sm_90 …"
     )
     parser.add_argument("--out", type=Path, help="write the table to this file too")
     chosen = parser.parse_args(arguments)
+    if chosen.out and chosen.only:
+        check_version(chosen.out)
     every = {key: len(pairs) for key, pairs in groups(None).items()}
     wanted = groups(None if chosen.all else chosen.per_line, chosen.only)
     if not wanted:
@@ -120,16 +142,14 @@ def main(arguments: Sequence[str]) -> int:
     new = lines(found, every)
     print("\n".join([*HEAD, *new]))
     if chosen.out:
-        import triton
-
         title = (
             "# What the kernels need, compiled ahead of time\n\n"
-            f"`python -m benchmarks compiled`, triton {triton.__version__}. The largest figure of "
+            f"`python -m benchmarks compiled`, triton {version('triton')}. The largest figure of "
             "each line's compilations;\n`ranks` is the padded number. No GPU took part, and "
             "nothing here is a time.\n"
         )
         kept = updated(chosen.out, new, every) if chosen.only else new
-        chosen.out.write_text("\n".join([title, *HEAD, *kept, ""]), encoding="utf-8")
+        disk.write_atomically(chosen.out, "\n".join([title, *HEAD, *kept, ""]).encode())
     bad = [report for reports in found.values() for report in reports if report.problems()]
     for report in bad:
         print(f"{report.kernel} {report.dtype} {report.target}: {'; '.join(report.problems())}")

@@ -46,3 +46,26 @@ def test_unknown_words_are_refused(capsys):
     with pytest.raises(SystemExit):
         compiled.main(["--only", "sm_91"])
     assert "no line has all of these words: sm_91" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--per-line", "0"], ["--all", "--per-line", "2"]])
+def test_flags_that_would_compile_nothing_or_do_nothing_are_refused(flags, monkeypatch, capsys):
+    monkeypatch.setattr(compiled.aot, "compile_variant", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(SystemExit):
+        compiled.main(flags)
+    assert "--per-line" in capsys.readouterr().err
+
+
+def test_lines_of_another_triton_do_not_stay_under_the_name_of_this_one(
+    tmp_path, monkeypatch, capsys
+):
+    path, flags = tmp_path / "new" / "table.md", ["--only", "apply", "sm_90", "64", "half"]
+    monkeypatch.setattr(compiled.aot, "compile_variant", lambda *_: REPORT)
+    for _ in range(2):  # into a new folder, then beside what is there
+        assert compiled.main([*flags, "--out", str(path)]) == 0
+    assert "| apply | fp16 half | 64 | sm_90 |" in path.read_text()
+    assert [file.name for file in path.parent.iterdir()] == ["table.md"]
+    path.write_text(path.read_text().replace("triton ", "triton 1."))
+    with pytest.raises(ValueError, match=r"is of triton 1\.3.* leave out --only"):
+        compiled.main([*flags, "--out", str(path)])
+    capsys.readouterr()
