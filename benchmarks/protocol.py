@@ -21,6 +21,7 @@ from rich.console import Console
 from benchmarks.claims import claims_table
 from benchmarks.protocol_cache import collect, restore
 from benchmarks.workload import shared_data
+from fslora import disk
 from fslora.compare.command import COMPARE_FILE, compare, join
 from fslora.compare.settings import CompareConfig
 from fslora.config import SimulateConfig
@@ -62,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     console = Console()
     protocol: Path = chosen.protocol
+    if not protocol.is_file():
+        parser.error(f"there is no file {protocol}")
+    document = HERE.parent / document_of(protocol)
     out: Path = chosen.out or Path("runs") / protocol.stem
     settings = read_protocol(protocol, out, chosen.jobs)
     wanted = chosen.only.split(",") if chosen.only else list(settings)
@@ -78,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             count = collect(folder, store, shared_data())
             console.print(f"{slug}: {count} finished runs are kept in {store}")
-    write_results(settings, out, HERE.parent / document_of(protocol), console)
+    write_results(settings, out, document, console)
     return 0
 
 
@@ -89,8 +93,8 @@ def read_protocol(path: Path, out: Path, jobs: int) -> dict[str, Setting]:
         path: a TOML file with the tables ``run`` and ``compare``, shared by all settings, and one
             ``[[setting]]`` for each with a ``slug``, its own ``run`` and ``compare``, and the
             strategies that only it has as ``also``. Models and data are named below the folder
-            of shared data. ``document`` names the page that is written, unless it is
-            docs/results.md.
+            of shared data. ``document`` names the page that is written; that of
+            benchmarks/protocol.toml is docs/results.md.
         out: the folder of run folders.
         jobs: runs at a time.
 
@@ -117,8 +121,15 @@ def read_protocol(path: Path, out: Path, jobs: int) -> dict[str, Setting]:
 
 
 def document_of(path: Path) -> str:
-    """Return the page that a protocol's tables are written into, from the repository's root."""
-    return str(tomllib.loads(path.read_text(encoding="utf-8")).get("document", DOCUMENT))
+    """Return the page that a protocol's tables are written into, from the repository's root.
+
+    Raises:
+        ValueError: another protocol than the table's own names none.
+    """
+    named = tomllib.loads(path.read_text(encoding="utf-8")).get("document")
+    if named is None and path.resolve() != PROTOCOL:
+        raise ValueError(f'{path} names no page for its tables: document = "docs/….md"')
+    return str(named or DOCUMENT)
 
 
 def write_results(
@@ -141,8 +152,9 @@ def write_results(
     missing = [slug for slug in settings if slug not in finished]
     if missing:
         tables.insert(0, f"Not finished yet: {', '.join(missing)}.\n")
-    before = document.read_text(encoding="utf-8").partition(MARK)[0]
-    document.write_text(f"{before}{MARK}\n\n" + "\n".join(tables), encoding="utf-8")
+    before = document.read_text(encoding="utf-8") if document.is_file() else ""
+    page = f"{before.partition(MARK)[0]}{MARK}\n\n" + "\n".join(tables)
+    disk.write_atomically(document, page.encode())
     console.print(f"tables: {document}\nreport: {report}")
 
 

@@ -41,13 +41,13 @@ def restore(store: Path, folder: Path, data: Path) -> int:
         run = folder / place
         if (run / _SETTINGS).is_file():
             continue
-        run.mkdir(parents=True)
         settings = {**line["settings"], "out": str(run)}
         for key in _PATHS:
             settings[key] = str(settings[key]).replace(PLACE, str(data))
-        for record in line["rounds"]:
-            empty = {key: {} if key == "eval_loss_by_ratio" else [] for key in _OF_CLIENTS}
-            checkpoint.append_record(run, {**record, **empty})
+        empty = {key: {} if key == "eval_loss_by_ratio" else [] for key in _OF_CLIENTS}
+        rounds = (json.dumps({**record, **empty}, allow_nan=False) for record in line["rounds"])
+        records = "".join(f"{record}\n" for record in rounds)
+        disk.write_atomically(run / checkpoint.RECORDS_FILE, records.encode())
         disk.write_json(run / _SUMMARY, {"split": line["split"]})
         disk.write_json(run / _SETTINGS, settings)  # last: a run without it is none
     return len(lines)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import protocol
+from benchmarks import protocol, protocol_cache
 from benchmarks.claims import claims_table, verdict
 from benchmarks.protocol_cache import collect, read, restore
 from fslora.compare.command import compare
@@ -130,3 +130,49 @@ def test_claims_hold_both_to_the_rivals_own_score(tmp_path):
         ["hetlora", "fslora", "1 of 1", "75% ", "8.00 ", "more than it"],
         ["hetlora", "fslora:server_lr=2", "0 of 1", "–", "–", "no: not reached"],
     ]
+
+
+def test_a_restoration_that_was_cut_off_is_made_again(tmp_path, monkeypatch):
+    store, folder = tmp_path / "toy.jsonl", tmp_path / "out"
+    line = {"place": "runs/a", "settings": {}, "split": {}, "rounds": [{"round": 0}, {"round": 1}]}
+    line["settings"] = dict.fromkeys(("model", "data", "eval_data"), "$DATA/x")
+    store.write_text(json.dumps(line) + "\n")
+    right = protocol_cache.disk.write_json
+    for failing in ("summary.json", "config.json"):
+
+        def cut(path, value, failing=failing):
+            if path.name == failing:
+                raise OSError("no space left")
+            right(path, value)
+
+        monkeypatch.setattr(protocol_cache.disk, "write_json", cut)
+        with pytest.raises(OSError, match="no space"):
+            restore(store, folder, tmp_path)
+    monkeypatch.setattr(protocol_cache.disk, "write_json", right)
+    assert restore(store, folder, tmp_path) == 1
+    lines = (folder / "runs/a/rounds.jsonl").read_text().splitlines()
+    records = [json.loads(text) for text in lines]
+    assert [record["round"] for record in records] == [0, 1]
+    assert json.loads((folder / "runs/a/config.json").read_text())["model"] == f"{tmp_path}/x"
+
+
+def test_another_protocol_does_not_write_over_the_tables_page(tmp_path, capsys):
+    other = tmp_path / "other.toml"
+    other.write_text(protocol.PROTOCOL.read_text(encoding="utf-8"), encoding="utf-8")
+    assert protocol.document_of(protocol.PROTOCOL) == "docs/results.md"
+    with pytest.raises(ValueError, match="names no page for its tables"):
+        protocol.main(["--protocol", str(other), "--collect"])
+    with pytest.raises(SystemExit):
+        protocol.main(["--protocol", str(tmp_path / "none.toml")])
+    assert "there is no file" in capsys.readouterr().err
+
+
+def test_a_page_that_is_not_there_is_made_and_its_words_are_kept(track, tmp_path):
+    compare(track, QUIET)
+    page, out = tmp_path / "docs" / "page.md", Path(track.run.out).parent
+    settings = {"toy": protocol.Setting("toy", track)}
+    protocol.write_results(settings, out, page, QUIET)
+    page.write_text("# Words\n\n" + page.read_text())
+    protocol.write_results(settings, out, page, QUIET)
+    assert page.read_text().startswith(f"# Words\n\n{protocol.MARK}\n\n## ")
+    assert page.read_text().count("## All methods") == 1
