@@ -120,19 +120,23 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="the toy alone, fewer seeds")
     parser.add_argument("--only", default=",".join(PARTS), help="such as P1,P4")
-    parser.add_argument("--settings", default=",".join(("toy", *MODELS)), help="which of these")
+    parser.add_argument("--settings", help=f"of toy,{','.join(MODELS)}; default: all")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/theory"), help="folder; findings are added to it"
     )
     chosen = parser.parse_args(arguments)
-    parts, wanted = chosen.only.split(","), chosen.settings.split(",")
+    every = ["toy"] if chosen.quick else ["toy", *MODELS]
+    parts, wanted = chosen.only.split(","), (chosen.settings or ",".join(every)).split(",")
     if unknown := {*parts} - {*PARTS} | {*wanted} - {"toy", *MODELS}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    if others := {*wanted} - {*every}:
+        parser.error(f"--quick is of the toy alone, not of {', '.join(sorted(others))}")
+    if {*wanted} - {"toy"}:
+        models.shared_folder()
     torch.set_num_threads(1)
     effort = QUICK if chosen.quick else FULL
     runs = [on_toy(effort, parts)] if "toy" in wanted else []
-    if not chosen.quick:
-        runs += [on_model(name, effort, parts) for word, name in MODELS.items() if word in wanted]
+    runs += [on_model(name, effort, parts) for word, name in MODELS.items() if word in wanted]
     return report(runs, parts, chosen.out, effort)
 
 
@@ -149,13 +153,16 @@ def report(
         {"benchmark": "theory", **provenance("cpu"), **effort.to_json()},
         out / "findings.jsonl",
     )
-    start = process_time()
+    start, count = process_time(), 0
     for run in runs:
         for finding in run:
             print(f"{finding.claim.name} on {finding.setting}: {finding.verdict.upper()}")
             print(f"  predicted {finding.predicted}\n  measured  {finding.measured}", flush=True)
             seconds = process_time() - start
             append_record(file, {**record, "cpu_seconds": seconds, **finding.to_json()})
+            count += 1
+    if not count:
+        raise ValueError(f"these settings have no experiment for {', '.join(parts)}")
     for path in draw(read(file), out):
         print(f"drawn: {path}")
     return 0

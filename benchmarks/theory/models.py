@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.theory.worlds import World
+from benchmarks.workload import shared_data
 from fslora import evaluation
 from fslora.client import LocalTrainer
 from fslora.config import SimulateConfig
@@ -56,12 +56,11 @@ def shared_folder() -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    beside = Path(__file__).resolve().parents[3] / "shared"
-    folder = Path(os.environ.get("FSLORA_SHARED", beside)) / "data"
+    folder = shared_data()
     if not folder.is_dir():
         raise FileNotFoundError(
             f"the real models are looked for in {folder}, which is absent: point FSLORA_SHARED at "
-            "its parent, or leave them out by --quick"
+            "its parent, or leave them out by --settings toy"
         )
     return folder
 

@@ -50,3 +50,24 @@ def test_what_it_does_not_know_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["theory", "--only", "P9"])
     assert "unknown: P9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", ["stories", "toy,agnews"])
+def test_quick_is_of_the_toy_alone(settings, capsys):
+    with pytest.raises(SystemExit):
+        main(["theory", "--quick", "--settings", settings])
+    assert f"not of {settings.rpartition(',')[2]}" in capsys.readouterr().err
+
+
+def test_models_that_are_not_there_are_missed_before_the_toy_is_run(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("FSLORA_SHARED", str(tmp_path))
+    monkeypatch.setattr(command, "on_toy", lambda *_: pytest.fail("run"))
+    assert main(["theory", "--out", str(tmp_path)]) == 2
+    assert "point FSLORA_SHARED at its parent" in capsys.readouterr().err
+
+
+def test_settings_without_an_experiment(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(command.models, "shared_folder", lambda: tmp_path)
+    monkeypatch.setattr(command, "on_model", lambda *_: iter(()))
+    assert main(["theory", "--only", "P2", "--settings", "agnews", "--out", str(tmp_path)]) == 2
+    assert "these settings have no experiment for P2" in capsys.readouterr().err
