@@ -10,19 +10,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from time import process_time
 
-from benchmarks.plan import warm, workloads
+from benchmarks.flags import at_least
+from benchmarks.plan import chosen_of, warm, workloads
 from benchmarks.plan_fleets import base_config
+from benchmarks.workload import LLAMA_768
+from fslora.errors import StoppedRunError
 from fslora.plan.kept import resident_bytes
 
+STORIES = "stories260K"
 _SIZE = 4  # S of R = 16
 
 
@@ -76,28 +82,40 @@ def compare(settings: str, thresholds: Sequence[int], rounds: int) -> list[tuple
 def _ask(process: subprocess.Popen[str]) -> list[float]:
     if process.stdin is None or process.stdout is None:
         raise RuntimeError("the child has no pipes")
-    process.stdin.write("\n")
-    process.stdin.flush()
-    answer: list[float] = json.loads(process.stdout.readline())
-    return answer
+    with suppress(BrokenPipeError):  # it has ended
+        process.stdin.write("\n")
+        process.stdin.flush()
+    answer = process.stdout.readline()
+    if not answer:
+        raise StoppedRunError(
+            f"a process that trains ended with code {process.wait()}; `python -m benchmarks plan` "
+            "says more of what is wrong there"
+        )
+    found: list[float] = json.loads(answer)
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks allocator", description=__doc__)
-    parser.add_argument("--models", default="llama-768,MiniLM,stories260K")
-    parser.add_argument("--thresholds", default="0,1024", help="KiB, the first 0")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument(
+        "--models", help=f"of {LLAMA_768},MiniLM,{STORIES}; default: all that are at hand"
+    )
+    parser.add_argument("--thresholds", default="0,1024", help="KiB, the first 0: glibc's own")
+    parser.add_argument("--rounds", type=at_least(1), default=12)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.child:
         child(chosen.child)
         return 0
+    if not re.fullmatch(r"0(,\d+)*", chosen.thresholds):
+        parser.error(f"--thresholds are whole numbers, the first 0, not {chosen.thresholds!r}")
     thresholds = [int(kib) for kib in chosen.thresholds.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        known = dict(workloads(Path(folder)))
-        for name in chosen.models.split(","):
-            config = base_config(Path(folder)) if name == "stories260K" else known[name]
+        known = workloads(Path(folder))
+        with suppress(FileNotFoundError):
+            known[STORIES] = base_config(Path(folder))
+        for name, config in chosen_of(known, chosen.models).items():
             found = compare(json.dumps(asdict(config)), thresholds, chosen.rounds)
             for kib, (times, peak) in zip(thresholds, found, strict=True):
                 habit = f"{kib} KiB" if kib else "glibc's own"

@@ -284,6 +284,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--out", type=Path, help="append the results to this JSONL file")
     chosen = parser.parse_args(arguments)
+    if not chosen.model and (chosen.classes or chosen.layers):
+        parser.error("--classes and --layers are of the model that --model names")
     check_device(chosen.device)
     torch.set_num_threads(1)
     red = False

@@ -44,7 +44,7 @@ class Result:
         sizes: S of each class.
         rounds: to the target, of each seed; None where it was not reached.
         seconds: simulated, likewise.
-        predicted_seconds: by the plan, for "planned".
+        predicted_seconds: by the plan.
     """
 
     fleet: str

@@ -37,6 +37,7 @@ from benchmarks.timing import append_record, provenance
 from fslora import checkpoint, client, evaluation, prepare, ranks, simulate
 from fslora.config import SimulateConfig
 from fslora.data.causal_lm import CausalLM
+from fslora.errors import StoppedRunError
 from fslora.models import take_state
 from fslora.protocol import LoRAWeights
 from fslora.server import RoundRecord
@@ -265,9 +266,15 @@ def naive(run: prepare.Run, cohort: Sequence[str]) -> float:
 
 
 def apart(cell: Cell) -> Cell:
-    """Measure a cell in a process of its own, whose memory is nobody else's."""
+    """Measure a cell in a process of its own, whose memory is nobody else's.
+
+    Raises:
+        StoppedRunError: it failed.
+    """
     command = [sys.executable, "-m", "benchmarks", "scale", "--cell", json.dumps(cell)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise StoppedRunError(f"the cell's process ended with code {done.returncode}; see above")
     found: Cell = json.loads(done.stdout.splitlines()[-1])
     return found
 

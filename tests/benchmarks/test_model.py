@@ -50,3 +50,10 @@ def test_a_classifier_with_dropout_of_its_own(shared_data):
     assert error(sides, workload.batch(workload.base())) is None
     assert all(side.model.training and side.others for side in sides.values())
     assert {len(side.factors) for side in sides.values()} == {2 * 7}  # the pooler too
+
+
+@pytest.mark.parametrize("flag", ["--classes", "--layers"])
+def test_flags_of_no_model_are_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        model.main([flag, "2"])
+    assert "that --model names" in capsys.readouterr().err
