@@ -31,7 +31,8 @@ def main() -> None:
     text = "\n\n".join(row["text"] for row in python_docs())
     tokenizer = AutoTokenizer.from_pretrained(path)
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    batches = ids[: args.steps * 8 * 128].view(-1, 8, 128)
+    blocks = ids[: len(ids) // 1024 * 1024].view(-1, 8, 128)
+    batches = [blocks[step % len(blocks)] for step in range(args.steps)]
 
     models = {"PEFT": adapted(path), "fused": adapted(path)}
     fslora_kernels.fuse(models["fused"])  # <- the added line

@@ -43,6 +43,13 @@ def test_fuse_peft_script(run):
     assert change(fused)[1] < change(fused)[0] - 0.1
 
 
+def test_more_steps_than_there_is_text_for_go_round(run, monkeypatch):
+    rows = [{"text": "Return the value that the argument names. " * 20}] * 20
+    monkeypatch.setattr("fslora.data.python_docs.python_docs", lambda: rows)
+    first, last = change(run("fuse_peft_script.py", "--steps", 6).splitlines()[0])
+    assert last < first - 1, "the same few lines again and again"
+
+
 def test_trainer_and_its_adapter_in_vanilla_peft(run, monkeypatch, tmp_path):
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
     before, after = change(run("trainer.py", "--steps", 10, "--out", adapter))
