@@ -19,10 +19,11 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.claims import claims_table
-from benchmarks.protocol_cache import collect, restore
+from benchmarks.protocol_cache import collect, ended, restore
 from benchmarks.workload import shared_data
 from fslora import disk
 from fslora.compare.command import COMPARE_FILE, compare, join
+from fslora.compare.search import trials_of
 from fslora.compare.settings import CompareConfig
 from fslora.config import SimulateConfig
 from fslora.report.comparison import write_comparison
@@ -71,17 +72,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = chosen.only.split(",") if chosen.only else list(settings)
     if unknown := [slug for slug in wanted if slug not in settings]:
         parser.error(f"there is no setting {unknown[0]!r}; there is {', '.join(settings)}")
-    for slug in wanted:
-        setting = settings[slug]
+    for slug, setting in settings.items():
         store = HERE / "results" / protocol.stem / f"{slug}.jsonl"
         folder = Path(setting.config.run.out)
-        console.print(f"{slug}: {restore(store, folder, shared_data())} runs were finished before")
+        before = restore(store, folder, shared_data())
+        if slug not in wanted:
+            continue
+        console.print(f"{slug}: {before} runs were finished before")
         try:
             if not chosen.collect:
                 compare(setting.config, console)
         finally:
             count = collect(folder, store, shared_data())
             console.print(f"{slug}: {count} finished runs are kept in {store}")
+    for setting in settings.values():
+        sum_up(setting, console)
     write_results(settings, out, document, console)
     return 0
 
@@ -118,6 +123,22 @@ def read_protocol(path: Path, out: Path, jobs: int) -> dict[str, Setting]:
         )
         settings[slug] = Setting(slug, config)
     return settings
+
+
+def sum_up(setting: Setting, console: Console) -> None:
+    """Compare a setting whose runs have all finished, unless that is done: nothing is trained."""
+    config = setting.config
+    if (Path(config.run.out) / COMPARE_FILE).is_file():
+        return
+    runs = [run for *_, run in trials_of(config)]
+    runs += [
+        config.of_run(entry, seed, {}) for entry in config.entries for seed in config.seed_values
+    ]
+    if all(ended(Path(run.out)) for run in runs):
+        try:
+            compare(config, console)
+        except ValueError as error:  # what is kept is of another protocol
+            console.print(f"{setting.slug}: {error}", markup=False)
 
 
 def document_of(path: Path) -> str:

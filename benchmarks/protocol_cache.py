@@ -68,7 +68,7 @@ def collect(folder: Path, store: Path, data: Path) -> int:
     for path in sorted(folder.glob(f"*/**/{_SETTINGS}")):
         run = path.parent
         place = run.relative_to(folder).as_posix()
-        if place not in lines and _ended(path):
+        if place not in lines and ended(run):
             lines[place] = _line(run, place, data)
     if lines:
         text = "".join(json.dumps(lines[place], sort_keys=True) + "\n" for place in sorted(lines))
@@ -84,10 +84,13 @@ def read(store: Path) -> dict[str, Line]:
     return {line["place"]: line for line in lines}
 
 
-def _ended(settings: Path) -> bool:
+def ended(run: Path) -> bool:
+    """Whether there is a run in a folder, and it has come to its end."""
+    settings = run / _SETTINGS
+    if not settings.is_file():
+        return False
     values = merged(None, read_object(settings), str(settings))
-    values |= {"out": str(settings.parent), "resume": True}
-    return finished(SimulateConfig(**values))
+    return finished(SimulateConfig(**{**values, "out": str(run), "resume": True}))
 
 
 def _line(run: Path, place: str, data: Path) -> Line:

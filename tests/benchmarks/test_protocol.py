@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 from rich.console import Console
 
@@ -176,3 +177,40 @@ def test_a_page_that_is_not_there_is_made_and_its_words_are_kept(track, tmp_path
     protocol.write_results(settings, out, page, QUIET)
     assert page.read_text().startswith(f"# Words\n\n{protocol.MARK}\n\n## ")
     assert page.read_text().count("## All methods") == 1
+
+
+def test_the_page_has_every_setting_that_is_kept_whatever_was_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    rows = [json.dumps({"text": f"the {word} is here, " * 12}) for word in "abcdefghij"]
+    (tmp_path / "data/texts.jsonl").write_text("\n".join(rows))
+    run = {"model": "docs-base", "data": "texts.jsonl", "layers": 1, "rank": 4, "clients": 2}
+    run |= {"per_round": 2, "rounds": 1, "local_steps": 1, "batch_size": 2, "max_length": 16}
+    run |= {"eval_examples": 2, "device": "cpu", "targets": "loss:1"}
+    page = tmp_path / "docs/toy.md"
+    settings = [{"slug": slug, "run": {}, "compare": {"name": f"toy {slug}"}} for slug in "ab"]
+    shared = {"seeds": [0], "strategies": ["fslora"]}
+    toml = {"document": "docs/toy.md", "run": run, "compare": shared, "setting": settings}
+    (tmp_path / "toy.toml").write_text(tomli_w.dumps(toml))
+    monkeypatch.setattr(protocol, "HERE", tmp_path / "benchmarks")
+    monkeypatch.setattr(protocol, "shared_data", lambda: tmp_path / "data")
+    monkeypatch.setattr(protocol, "_PATHS", ("data",))
+    threads = torch.get_num_threads()
+
+    def titles(out, *flags):
+        flags = ["--protocol", str(tmp_path / "toy.toml"), "--jobs", "1", *flags]
+        assert protocol.main([*flags, "--out", str(tmp_path / out)]) == 0
+        text = page.read_text()
+        return [name for name in ("toy a", "toy b") if f"## {name}\n" in text], text
+
+    try:
+        first, text = titles("one", "--only", "a")
+        assert first == ["toy a"]
+        assert "Not finished yet: b." in text
+        both, text = titles("two", "--only", "b")
+        assert both == ["toy a", "toy b"]
+        assert "Not finished" not in text
+        assert not list((tmp_path / "two/a").rglob("state.safetensors")), "nothing is trained again"
+        page.unlink()
+        assert titles("three", "--collect") == (both, text)
+    finally:
+        torch.set_num_threads(threads)
