@@ -175,7 +175,9 @@ def verdict(results: Sequence[Result]) -> tuple[float, str]:
     uniform = min(of["uniform"], key=lambda one: one.mean_seconds)
     over = planned.mean_seconds / min(uniform.mean_seconds, most.mean_seconds)
     cells = (
-        f"{one.choice} {one.sizes} {format_seconds(one.mean_seconds)} {list(one.rounds)}"
+        f"{one.choice} {one.sizes} "
+        f"{'never' if math.isinf(one.mean_seconds) else format_seconds(one.mean_seconds)} "
+        f"{list(one.rounds)}"
         for one in (planned, uniform, most)
     )
     return over, f"{planned.fleet:<14} {over:.3f}   " + "   ".join(cells)
@@ -192,12 +194,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="append the results to this JSONL file")
     chosen = parser.parse_args(arguments)
     sizes = [int(size) for size in chosen.sizes.split(",")]
+    fleets = [FLEETS / f"{name}.toml" for name in chosen.fleets.split(",")]
+    if missing := [fleet for fleet in fleets if not fleet.is_file()]:
+        parser.error(f"there is no fleet {missing[0].stem} in {FLEETS}")
     console = Console()
     arena = Arena(base_config(chosen.folder), SEEDS)
     lines = []
-    for name in chosen.fleets.split(","):
-        fleet, pilots = FLEETS / f"{name}.toml", chosen.folder / "pilots"
-        results = judge(arena, fleet, sizes, pilots, console)
+    for fleet in fleets:
+        results = judge(arena, fleet, sizes, chosen.folder / "pilots", console)
         over, line = verdict(results)
         lines.append(line)
         console.print(line, markup=False)

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 
-from benchmarks import allocator, plan, scale
+from benchmarks import allocator, plan, plan_fleets, scale
 from fslora.config import SimulateConfig
 from fslora.errors import StoppedRunError
 
@@ -61,3 +61,20 @@ def test_a_cell_that_fails_is_told_of(monkeypatch):
     monkeypatch.setattr(scale.sys, "executable", "/bin/false")
     with pytest.raises(StoppedRunError, match="ended with code 1"):
         scale.apart({"clients": 1})
+
+
+def test_a_plan_that_never_arrives_is_said_to():
+    planned = plan_fleets.Result("toy", "planned", (1, 4), (9, None), (30.0, None))
+    others = [
+        plan_fleets.Result("toy", c, (4, 4), (6, 6), (9.0, 11.0)) for c in ("uniform", "most")
+    ]
+    over, line = plan_fleets.verdict([planned, *others])
+    assert over == float("inf")
+    assert "planned (1, 4) never [9, None]" in line
+    assert "uniform (4, 4) 10.0 s [6, 6]" in line
+
+
+def test_a_fleet_that_is_not_there_is_missed_at_once(capsys):
+    with pytest.raises(SystemExit):
+        plan_fleets.main(["--fleets", "equal,poor"])
+    assert "there is no fleet poor" in capsys.readouterr().err
