@@ -26,6 +26,8 @@ from fslora.summary import summarise
 
 # What an extended run would contradict.
 _OF_THE_END = ("summary.json", "report.html")
+# What a new run would replace.
+_OF_A_RUN = ("rounds.jsonl", "checkpoint", "adapter", *_OF_THE_END)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +132,14 @@ def checked_folder(config: SimulateConfig) -> SimulateConfig:
 
     Raises:
         ValueError: it holds a run and ``resume`` is off, or the other way round, or the settings
-            differ.
+            differ, or it holds what a run would replace and nothing says whose that is.
     """
-    settings = Path(config.out) / "config.json"
+    folder, settings = Path(config.out), Path(config.out) / "config.json"
+    if not settings.is_file() and (there := [n for n in _OF_A_RUN if (folder / n).exists()]):
+        raise ValueError(
+            f"{config.out} has {' and '.join(there)} and no config.json to say of which run; "
+            "choose another --out, or put config.json back from a copy"
+        )
     if config.resume:
         if not settings.is_file():
             raise ValueError(f"{config.out} holds no run to resume; leave out --resume")

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,6 +213,24 @@ def test_a_folder_is_never_overwritten_nor_continued_otherwise(settings):
         simulate(replace(config, resume=True, lr=0.5))
     with pytest.raises(ValueError, match="has 2 rounds, and 1 are asked for"):
         simulate(replace(config, resume=True, rounds=1))
+    assert outcome(config.out) == before
+
+
+def test_what_a_run_would_replace_is_kept_where_nothing_says_whose_it_is(settings):
+    config = SimulateConfig(**settings)
+    adapter = Path(config.out) / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "of_another_program").write_text("")
+    with pytest.raises(ValueError, match=r"has adapter and no config.json .* another --out"):
+        simulate(config)
+    assert [path.name for path in adapter.iterdir()] == ["of_another_program"]
+    shutil.rmtree(config.out)
+    simulate(config)
+    before = outcome(config.out)
+    (Path(config.out) / "config.json").unlink()
+    for again in (config, replace(config, resume=True), replace(config, seed=1)):
+        with pytest.raises(ValueError, match=r"has rounds.jsonl and checkpoint and adapter"):
+            simulate(again)
     assert outcome(config.out) == before
 
 
