@@ -24,6 +24,7 @@ _LOWEST = {
     "max_length": 2,
     "over_select": 1,
 }
+_MOST = 1e30  # what is multiplied by it stays within the range of its type
 _RATIOS = "1/8,1/4,1/2"
 
 
@@ -245,6 +246,8 @@ class SimulateConfig:
             raise ValueError("name a model: --model ID or FOLDER, or try --preset demo")
         if not self.data:
             raise ValueError("name the data: --data texts.jsonl, or try --preset demo")
+        if not self.out:
+            raise ValueError("name a run folder: --out runs/last")
         check_choices(self)
         self._check_numbers()
         if not 0 <= self.lora_dropout < 1:
@@ -269,9 +272,12 @@ class SimulateConfig:
         for name, low in _LOWEST.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{flag(name)} must be at least {low}, got {getattr(self, name)}")
-        for name in ("alpha", "lr", "server_lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{flag(name)} must be positive, got {getattr(self, name)}")
+        for name in ("alpha", "lr", "server_lr", "over_select"):
+            if not 0 < getattr(self, name) <= _MOST:
+                raise ValueError(
+                    f"{flag(name)} must be positive and at most {_MOST:g}, got "
+                    f"{getattr(self, name)}"
+                )
 
     def _check_clock(self) -> None:
         if not self.devices and (self.deadline or self.over_select != 1):
@@ -356,9 +362,8 @@ class SimulateConfig:
     @property
     def strategy_options(self) -> dict[str, Any]:
         """What the strategy takes beside what all take."""
-        if self.strategy != "fslora":
-            return {}
-        return {n: getattr(self, n) for n in (*FSLORA_OPTIONS, "per_round")}
+        names = {"fslora": (*FSLORA_OPTIONS, "per_round"), "centralised": ("per_round",)}
+        return {name: getattr(self, name) for name in names.get(self.strategy, ())}
 
     @property
     def cohort_size(self) -> int:

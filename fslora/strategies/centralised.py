@@ -1,7 +1,8 @@
 """One client that has all the data, at full rank: what federation costs is what it falls short.
 
-In each round it takes H optimizer steps for every client that a federated round would have, so
-that the same number of examples is seen; like a client it begins each round with a new optimizer.
+In each round it takes H optimizer steps for every client that a federated round would have, of
+those chosen too many so many as it would wait for, so that the same number of examples is seen;
+like a client it begins each round with a new optimizer.
 
 Bytes: none; the data would have to travel, which is what federated learning is there to avoid.
 """
@@ -29,14 +30,23 @@ def centralised(
     *,
     server_optimizer: ServerOptimizer = "fedavg",
     server_lr: float = 1.0,
+    per_round: int | None = None,
 ) -> Strategy:
-    """Build the strategy; the arguments are those of ``fslora``, and no ratio matters."""
+    """Build the strategy; the arguments are those of ``fslora``, and no ratio matters.
+
+    Args:
+        local: how a client would train.
+        server_optimizer: as ``fslora``.
+        server_lr: as ``fslora``.
+        per_round: how many clients' answers a round would take at most; default all.
+    """
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
         if not cohort:
             return []
         rank = common_rank(state.adapters)
-        rule = replace(local, steps=local.steps * len(cohort))
+        clients = min(len(cohort), per_round or len(cohort))
+        rule = replace(local, steps=local.steps * clients)
         task = client_task(state, POOLED, first_ranks(list(state.adapters), rank, rank), rule)
         return [replace(task, private=True)]
 

@@ -14,7 +14,7 @@ from fslora.data.tasks import Examples, pooled
 from fslora.engines import sequential
 from fslora.evaluation import evaluate
 from fslora.models import take_state
-from fslora.prepare import prepare
+from fslora.prepare import make_strategy, prepare
 from fslora.protocol import POOLED, LocalRule
 from fslora.report import write_report
 from fslora.server import run_round
@@ -142,7 +142,10 @@ def test_centralised_takes_the_steps_of_a_cohort_on_everybodys_data(settings, tm
     (entry,) = checkpoint.read_records(Path(config.out))[-1]["clients"]
     assert (entry["id"], entry["examples"]) == (POOLED, total)
     state = prepared.strategy.init(*take_state(prepared.model), 0)
-    (task,) = prepared.strategy.assign(state, prepared.data.names[:3])
+    (task,) = prepared.strategy.assign(state, prepared.data.names[:2])
+    assert task.local.steps == 2 * config.local_steps
+    chosen = replace(config, devices="gpu:5g", over_select=2.0)  # 6, and the first 3 answers count
+    (task,) = make_strategy(chosen, {}).assign(state, prepared.data.names)
     assert task.local.steps == 3 * config.local_steps
 
 
