@@ -15,11 +15,12 @@ from fslora.clock import CRASHED, FAILED, Clock, Plan, Times
 from fslora.errors import StoppedRunError
 from fslora.faults import SLOWDOWN
 from fslora.protocol import ClientFn, ClientTask, ClientUpdate, Engine, ServerState, Strategy
+from fslora.report.units import format_enough
 from fslora.trust import Limits
 from fslora.validate import NO_LIMITS, counted, quarantined, rejection
 from fslora_kernels.seeds import fold_in
 
-_ABSENT = ("it was not available", FAILED, CRASHED)
+_ABSENT = ("it was not available", FAILED, CRASHED, "it crashed in step")
 
 
 # Rounds in a row that may be lost to bad luck before a run stops and says why.
@@ -49,7 +50,7 @@ class ClientRecord:
     Attributes:
         id: who.
         ratio: S/R of its sketch, in each step; 0 where no adapter travels.
-        bytes_up: sent by the client, head included; 0 if nothing usable came.
+        bytes_up: sent by the client, used or not, head included.
         bytes_down: sent to the client, head included.
         examples: distinct examples it has.
         loss: mean training loss.
@@ -294,9 +295,12 @@ def _nobody(record: RoundRecord, *, blamed: bool) -> NoUsableUpdateError:
         if client.sim_seconds and "deadline" in (client.rejected or "")
     ]
     if late:
-        remedy = f"Raise --deadline: the fastest of the late needed {min(late):.3g} s"
-    elif all(reason in _ABSENT for reason in reasons.values()):
-        remedy = "Raise --over-select or --per-round, or give --devices more availability"
+        remedy = f"Raise --deadline: the fastest of the late needed {format_enough(min(late))} s"
+    elif all(reason.startswith(_ABSENT) for reason in reasons.values()):
+        remedy = (
+            "Raise --per-round or --over-select, lower --faults crash, or give --devices more "
+            "availability"
+        )
     elif any("memory" in reason for reason in reasons.values()):
         blamed = True
         remedy = "Lower --max-length, or take a smaller model or --dtype bfloat16"

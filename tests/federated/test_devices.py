@@ -185,9 +185,10 @@ def test_unavailable_clients_are_not_asked(tiny_llama):
 @pytest.mark.parametrize(
     ("figures", "deadline", "message"),
     [
-        ({}, 0.5, r"Raise --deadline: the fastest of the late needed 1 s"),
-        ({"availability": 1e-9}, 0.0, r"not available.*Raise --over-select"),
-        ({"dropout": 1 - 1e-9}, 0.0, r"failed in mid-round.*Raise --over-select"),
+        # A little above 1 s, for what travels: 1 s would not do.
+        ({}, 0.5, r"Raise --deadline: the fastest of the late needed 1.01 s"),
+        ({"availability": 1e-9}, 0.0, r"not available.*Raise --per-round or --over-select"),
+        ({"dropout": 1 - 1e-9}, 0.0, r"failed in mid-round.*Raise --per-round"),
     ],
 )
 def test_a_round_that_nobody_makes_says_why(tiny_llama, figures, deadline, message):
@@ -266,6 +267,8 @@ def test_operations_are_those_of_one_real_step(tiny_llama):
         ({"over_select": 1.3}, "give --devices"),
         ({"over_select": 0.5, "devices": "gpu:5g"}, "--over-select must be at least 1"),
         ({"over_select": 2.5, "devices": "gpu:5g"}, "asks 8 clients a round, and there are 6"),
+        ({"over_select": 1e308, "devices": "gpu:5g"}, "--over-select must be positive and at most"),
+        ({"server_lr": 1e300}, "--server-lr must be positive and at most"),
         ({"deadline": -1.0, "devices": "gpu:5g"}, "--deadline must be at least 0"),
         ({"targets": "0.5,good"}, "'good' is neither a score"),
         ({"targets": "f1:0.5"}, "'f1:0.5' is neither a score"),
