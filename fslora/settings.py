@@ -43,7 +43,7 @@ def merged(config: SimulateConfig | None, values: Mapping[str, Any], source: str
         listed = name in LISTS and isinstance(given, list)
         value: Any = ",".join(str(item) for item in given) if listed else given
         if name == "devices" and isinstance(given, list):
-            value = json.dumps(given)
+            value = json.dumps(given, default=str)  # TOML has dates
         wanted = _TYPES.get(str(types[name]), (str,))
         if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
             raise ValueError(f"{source}: {key} = {value!r} is not of type {types[name]}")

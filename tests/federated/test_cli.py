@@ -1,6 +1,7 @@
 import resource
 import subprocess
 import sys
+from datetime import date
 
 import pytest
 
@@ -75,6 +76,7 @@ def test_bench_runs_the_repository_s_benchmarks_or_says_how_to_get_them(
 
 BAD = {
     "--model": ({"model": ""}, "name a model"),
+    "out": ({"out": ""}, "name a run folder"),
     "module": ({"target_modules": "q_porj"}, "q_porj"),
     "one of them": ({"target_modules": "q_proj,k_porj"}, "no layer is named k_porj"),
     "ratio 0": ({"ratios": "0"}, "(0, 1]"),
@@ -188,6 +190,12 @@ def test_a_bad_settings_file_is_named(tmp_path, line, message, capsys):
     path.write_text(line)
     assert main(["simulate", "--config", str(path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_date_in_a_fleet_is_named():
+    given = {"devices": [{"compute": "gpu", "network": "5g", "share": date(2020, 1, 1)}]}
+    with pytest.raises(ValueError, match="share = '2020-01-01' is not a number"):
+        SimulateConfig(model="m", data="d", **merged(None, given, "run.toml"))
 
 
 def test_commands_that_do_not_exist_are_named(capsys):
