@@ -244,16 +244,19 @@ def append_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Read the whole lines of ``rounds.jsonl``; a line that a crash cut off is left out."""
+    """Read the lines of ``rounds.jsonl`` up to one that is no record, as of a crash in mid-line."""
     path = folder / RECORDS_FILE
     if not path.is_file():
         return []
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or "round" not in record:
+            break
+        records.append(record)
     return records
 
 

@@ -206,11 +206,12 @@ def test_records_without_a_checkpoint_are_never_written_over(tmp_path):
     assert len(checkpoint.read_records(tmp_path)) == 3
 
 
-def test_records_with_a_hole_are_named(tmp_path):
+@pytest.mark.parametrize("line", ["{torn", "null", "{}"])
+def test_records_with_a_hole_are_named(tmp_path, line):
     run_until(tmp_path, 3)
     path = tmp_path / checkpoint.RECORDS_FILE
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([*lines[:1], "{torn", *lines[2:]]))
+    path.write_text("".join([*lines[:1], f"{line}\n", *lines[2:]]))
     with pytest.raises(ValueError, match="not every round up to 3"):
         checkpoint.resume(tmp_path)
 
