@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fslora import checkpoint, disk, evaluation
 from fslora.client import LocalTrainer
 from fslora.config import SimulateConfig
@@ -65,12 +67,13 @@ def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str
     """
     watcher, folder = watcher or Watcher(), Path(config.out)
     checked_folder(config)  # before a folder is made
-    made = not folder.exists()
+    made, threads = not folder.exists(), torch.get_num_threads()
     with disk.locked(folder, checkpoint.newest_round(folder)):
         try:
             # Again: another process may have begun a run in it, or got further.
             return _simulate(checked_folder(config), watcher)
         finally:
+            torch.set_num_threads(threads)  # of --threads nothing is left to the caller
             with suppress(OSError):
                 if made and all(path.name.startswith(disk.LOCK_FILE) for path in folder.iterdir()):
                     shutil.rmtree(folder)  # nothing came of it
@@ -213,10 +216,10 @@ def _evaluated(run: Run, state: ServerState, record: RoundRecord) -> RoundRecord
         )
     for loss in (whole.loss, 0.0 if sketched is None else sketched):
         if not math.isfinite(loss):
-            raise DivergedError(
-                f"round {state.round}: the evaluation loss is {loss}; lower --lr or --server-lr, "
-                "set --clip-norm 1, or use --dtype float32"
-            )
+            remedy = "lower --lr or --server-lr, set --clip-norm 1, or use --dtype float32"
+            if not state.round:
+                remedy = "nothing was trained yet: use --dtype float32, or another model"
+            raise DivergedError(f"round {state.round}: the evaluation loss is {loss}; {remedy}")
     by_ratio = {}
     if first_or_last:
         by_ratio = evaluation.evaluate_by_ratio(

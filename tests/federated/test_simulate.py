@@ -295,6 +295,25 @@ def test_a_run_that_diverges_says_so_and_keeps_what_was_done(settings):
     assert (Path(config.out) / "adapter/adapter_model.safetensors").is_file()
 
 
+def test_a_model_without_a_loss_is_not_blamed_on_the_training(settings, tmp_path):
+    broken = AutoModelForCausalLM.from_pretrained(settings["model"])
+    broken.lm_head.weight.data[5] = torch.nan
+    folder = shutil.copytree(settings["model"], tmp_path / "broken")
+    broken.save_pretrained(folder)
+    with pytest.raises(DivergedError, match="nothing was trained yet: use --dtype float32"):
+        simulate(SimulateConfig(**{**settings, "model": str(folder)}))
+
+
+def test_threads_are_the_callers_again_after_a_run(settings):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        simulate(SimulateConfig(**{**settings, "threads": 1, "rounds": 1}))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("strategy", "ranks"), [("fedit", 8), ("fedit-min", 1)])
 def test_classes_are_of_clients_whatever_they_train(settings, strategy, ranks):
     config = SimulateConfig(**{**settings, "strategy": strategy})
