@@ -263,7 +263,7 @@ def _run(config: object) -> None:
     except ValueError as error:
         console.print(f"no report: {error}", markup=False)
         report = None
-    closing_lines(folder, report, console)
+    closing_lines(folder, report, console, config.layers)
 
 
 def _console() -> Console:

@@ -115,7 +115,7 @@ class SimulateConfig:
         implementation: of the fused layer: auto, torch or triton.
         threads: CPU threads of one matrix product; 0 leaves torch's choice. 1 is best for small
             models, and wherever the cores are shared.
-        layers: keep only the base model's first layers; 0 keeps all.
+        layers: keep only the base model's first layers, which the adapter is for; 0 keeps all.
         eval_every: evaluate every n-th round (and the last); local-only is evaluated at the end.
         eval_sketched: evaluate fslora also under sketches like the cohort's, which more than
             doubles the time of an evaluation.

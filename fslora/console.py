@@ -169,11 +169,12 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
-def closing_lines(folder: Path, report: Path | None, console: Console) -> None:
-    """Say where the adapter and the report lie."""
+def closing_lines(folder: Path, report: Path | None, console: Console, layers: int = 0) -> None:
+    """Say where the adapter and the report lie, and of how many layers the adapter's base is."""
+    base = f" on the base with num_hidden_layers={layers}" if layers else ""
     if (adapter := folder / "adapter").is_dir():
         console.print(
-            f"adapter: {adapter} (load it with peft.PeftModel.from_pretrained)",
+            f"adapter: {adapter} (load it with peft.PeftModel.from_pretrained{base})",
             markup=False,
             soft_wrap=True,
         )

@@ -120,5 +120,7 @@ def test_paths_are_shown_as_they_are(tmp_path):
     (folder / "adapter").mkdir(parents=True)
     closing_lines(folder, folder / "report.html", shown)
     text = shown.file.getvalue()
-    assert f"adapter: {folder}/adapter (" in text
+    assert f"adapter: {folder}/adapter (load it with peft.PeftModel.from_pretrained)\n" in text
     assert f"report:  {folder}/report.html\n" in text
+    closing_lines(folder, None, shown, layers=2)
+    assert "from_pretrained on the base with num_hidden_layers=2)\n" in shown.file.getvalue()
