@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import tomllib
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
@@ -217,11 +218,11 @@ def _device(table: dict[str, Any], source: str) -> Device:
     for kind, known in (("compute", COMPUTE), ("network", NETWORKS)):
         name = table.pop(kind, None)
         if name is not None:
-            if name not in known:
+            if not isinstance(name, str) or name not in known:
                 choice = ", ".join(known)
                 raise ValueError(f"{source}: there is no {kind} {name!r}; there is {choice}")
-            names.append(str(name))
-            built_in.update(known[str(name)]._asdict())
+            names.append(name)
+            built_in.update(known[name]._asdict())
     figures: dict[str, Any] = {"name": ":".join(names), **built_in, **table}
     allowed = [field.name for field in fields(Device)]
     if unknown := [key for key in figures if key not in allowed]:
@@ -237,6 +238,7 @@ def _device(table: dict[str, Any], source: str) -> Device:
         )
     name = str(figures.pop("name"))
     for key, value in figures.items():
-        if type(value) not in (int, float):
-            raise ValueError(f"{source}: device {name}: {key} = {value!r} is not a number")
+        if type(value) not in (int, float) or abs(value) > sys.float_info.max:
+            said = f"{value!r:.60}"
+            raise ValueError(f"{source}: device {name}: {key} = {said} is not a number")
     return Device(name, **{key: float(value) for key, value in figures.items()})

@@ -65,7 +65,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"cannot read the settings {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise ValueError(f"{path} is not valid {kind}: {error}") from None
     if not isinstance(values, dict):

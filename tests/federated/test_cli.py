@@ -183,6 +183,7 @@ def test_json_that_is_no_table_of_settings_is_one_message(tmp_path, content, cap
         ("rank = '3'", "not of type"),
         ("rank =", "not valid TOML"),
         ("[[device]]", "write [[devices]]"),
+        pytest.param(f"rank = {'[' * 2000}", "not valid TOML", id="nested"),
     ],
 )
 def test_a_bad_settings_file_is_named(tmp_path, line, message, capsys):

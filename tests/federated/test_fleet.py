@@ -60,6 +60,8 @@ BAD = {
     "nothing.toml": "there is no file nothing.toml",
     "[1": "is not valid JSON",
     '[{"compute":"gpu","network":"5g","share":1,"ratio":1.5}]': "ratio is at most 1",
+    '[{"compute":["gpu"],"network":"5g","share":1}]': "there is no compute ['gpu']",
+    f'[{{"compute":"gpu","network":"5g","share":1{"0" * 400}}}]': "0000 is not a number",
     '[{"compute":"gpu","network":"5g","share":0.5,"ratio":1},'
     '{"compute":"phone","network":"5g","share":0.5}]': "its own ratio, or none",
 }
