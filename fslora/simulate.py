@@ -84,12 +84,14 @@ def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
     _check_source(run)
     watcher.on_data(sizes(run.data))
     with disk.explained_errors(run.folder, checkpoint.newest_round(run.folder)):
+        state = checkpoint.resume(run.folder) if config.resume else None
         if checkpoint.rounds_done(run.folder) < config.rounds:
             for name in _OF_THE_END:
                 (run.folder / name).unlink(missing_ok=True)
         settings = replace(config, resume=False).to_json()
         disk.write_json(run.folder / "config.json", settings)
-        state = _first_state(run, watcher.on_judging)
+        if state is None:
+            state = _first_state(run, watcher.on_judging)
     records = checkpoint.read_records(run.folder)
     watcher.on_start(state.round, sum(row["bytes_up"] + row["bytes_down"] for row in records))
     trainer = LocalTrainer(run.model, run.task, examples_of(run))
@@ -177,9 +179,7 @@ def _check_source(run: Run) -> None:
 
 
 def _first_state(run: Run, on_judging: Callable[[], None]) -> ServerState:
-    """The state to begin with: from the checkpoint, or fresh and evaluated once."""
-    if run.config.resume and (saved := checkpoint.resume(run.folder)) is not None:
-        return saved
+    """The state to begin with, evaluated once."""
     state = run.strategy.init(*take_state(run.model), run.config.seed)
     checkpoint.cut_records(run.folder, -1)
     beginning = 0.0 if run.config.devices else None
@@ -202,7 +202,7 @@ def _evaluated(run: Run, state: ServerState, record: RoundRecord) -> RoundRecord
     )
     first_or_last = state.round in (0, run.config.rounds)
     # Where every client has a model of its own, judging them all costs a pass for each.
-    due = len(states) == 1 and state.round % run.config.eval_every == 0
+    due = run.config.strategy != "local-only" and state.round % run.config.eval_every == 0
     if not due and not first_or_last:
         return record
     examples, size = run.data.evaluation, run.config.batch_size * 4

@@ -199,6 +199,18 @@ def test_an_extended_run_that_is_stopped_has_no_summary_of_its_earlier_end(setti
     assert not (folder / "report.html").exists()
 
 
+def test_a_run_whose_checkpoint_is_damaged_keeps_what_it_has(settings):
+    config = SimulateConfig(**settings)
+    simulate(config)
+    folder = Path(config.out)
+    for name in (checkpoint.STATE_FILE, checkpoint.PREVIOUS_FILE):
+        (folder / name).write_bytes(b"torn")
+    before = {path: path.read_bytes() for path in folder.rglob("*.json*")}
+    with pytest.raises(ValueError, match="cannot be read"):
+        simulate(replace(config, resume=True, rounds=3))
+    assert {path: path.read_bytes() for path in folder.rglob("*.json*")} == before
+
+
 def test_a_folder_is_never_overwritten_nor_continued_otherwise(settings):
     config = SimulateConfig(**settings)
     with pytest.raises(ValueError, match="no run to resume"):

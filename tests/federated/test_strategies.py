@@ -178,6 +178,12 @@ def test_local_only_is_judged_by_the_mean_of_its_clients(settings, tmp_path):
     assert all(pair.lora_b.eq(0).all() for pair in state.adapters.values()), "nothing is averaged"
 
 
+def test_local_only_is_judged_at_the_end_alone(settings, tmp_path):
+    config, _ = run(settings, "local-only", tmp_path, per_round=1, rounds=3)
+    rows = checkpoint.read_records(Path(config.out))
+    assert [row["round"] for row in rows if row["eval_loss"] is not None] == [0, 3]
+
+
 def test_local_only_leaves_no_adapter_wherever_it_stops(settings, tmp_path):
     config = SimulateConfig(**settings, strategy="local-only")
 
