@@ -36,7 +36,22 @@ def check_config(config: SimulateConfig, base_config: Any, highest_id: int) -> N
             "all"
         )
     known = getattr(base_config.get_text_config(), "vocab_size", None)
-    if known is not None and highest_id >= known:
+    if known is not None:
+        check_token(config, highest_id, known)
+
+
+def check_token(config: SimulateConfig, highest_id: int, known: int) -> None:
+    """Refuse tokens that a model has no embedding for.
+
+    Args:
+        config: the run.
+        highest_id: of the tokens.
+        known: how many it has embeddings for.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if highest_id >= known:
         raise ValueError(
             f"the tokenizer of {config.model} gives the token {highest_id}, and the model knows "
             f"those below {known}: after tokens are added call model.resize_token_embeddings("

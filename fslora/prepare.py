@@ -24,6 +24,7 @@ from fslora.data.lazy import NamedExamples
 from fslora.data.rows import read_rows
 from fslora.data.tasks import Examples, Task, pad_id, pooled
 from fslora.devices import Device, Fleet
+from fslora.fitness import check_token
 from fslora.guard import Guarded
 from fslora.models import load_model, load_tokenizer
 from fslora.privacy import private
@@ -143,14 +144,21 @@ def prepare(config: SimulateConfig) -> Run:
         data.evaluation, data.evaluation_groups, config.eval_examples
     )
     data = replace(data, evaluation=examples, evaluation_groups=groups)
-    highest = int(data.evaluation.tensors["input_ids"].max())
-    model = load_model(config, data.labels, pad_id(tokenizer), highest)
+    model = load_model(config, data.labels, pad_id(tokenizer), _highest_id(data.evaluation))
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:  # else every token is known, and clients wait to be tokenised
+        for own in data.clients:
+            check_token(config, _highest_id(own), known)
     if config.fleet is not None:
         check_memory(config.fleet, model)
     ratio_of = deal_ratios(config, data.names)
     named = {data.names[client]: ratio for client, ratio in ratio_of.items()}
     strategy = trusting(config, make_strategy(config, named), len(data.names))
     return Run(config, Path(config.out), model, data, task, strategy, ratio_of)
+
+
+def _highest_id(examples: Examples) -> int:
+    return int(examples.tensors["input_ids"].max())
 
 
 def make_strategy(config: SimulateConfig, ratio_of: Mapping[str, float]) -> Strategy:

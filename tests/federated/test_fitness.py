@@ -1,10 +1,14 @@
 """Models that a run cannot be done with are refused; what is drawn at random ships."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     DistilBertConfig,
@@ -23,6 +27,7 @@ from fslora.client import heads
 from fslora.config import SimulateConfig
 from fslora.export import save_adapter
 from fslora.models import load_model, load_tokenizer, take_state
+from fslora.prepare import prepare
 from fslora.protocol import ServerState
 
 SIZES = {
@@ -132,3 +137,15 @@ def test_a_torn_file_is_one_message(load, tmp_path, tiny_llama, file):
     what = {"model.safetensors": load, "tokenizer.json": lambda: load_tokenizer(config)}
     with pytest.raises(ValueError, match=r"cannot load the (model|tokenizer) .*\. Give a folder"):
         what[file]()
+
+
+def test_a_token_that_only_a_client_has_is_refused_before_it_trains(settings, tmp_path):
+    model = shutil.copytree(settings["model"], tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(model)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(Path(settings["data"]).read_text().replace('"text": "', '"text": "<new> ', 1))
+    config = SimulateConfig(**{**settings, "model": str(model), "data": str(texts)})
+    with pytest.raises(ValueError, match="gives the token 258, and the model knows those below"):
+        prepare(config)
