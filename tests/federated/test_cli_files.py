@@ -7,12 +7,10 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
 from fslora import __main__ as cli
 from fslora import simulate as simulations
-from fslora import tune as tunes
 from fslora.__main__ import main
 from fslora.compare import command as comparisons
 from fslora.config import SimulateConfig
@@ -104,14 +102,6 @@ def test_a_tilde_is_the_home_folder(asked, tmp_path, monkeypatch):
 def test_tune_names_a_device_that_is_none(capsys):
     assert main(["tune", "--device=foo"]) == 2
     assert "unknown device 'foo'" in capsys.readouterr().err
-
-
-def test_tune_names_a_gpu_that_is_not_there(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(tunes, "unavailable", lambda *_: None)
-    assert main(["tune", "--device=cuda:1"]) == 2
-    assert "no 'cuda:1': torch sees 1 GPUs" in capsys.readouterr().err
 
 
 def test_paths_are_shown_as_they_are(tmp_path):
