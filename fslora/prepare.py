@@ -119,6 +119,11 @@ def prepare(config: SimulateConfig) -> Run:
         torch.set_num_threads(config.threads)
     task = make_task(config)
     rows = read_rows(config.data, reader=config.reader, header=config.header)
+    if config.train_rows and len(rows) == 1:
+        raise ValueError(
+            f"--train-rows {config.train_rows} would deal the whole of a single text, which is one "
+            "row; cut the file, or leave it out"
+        )
     if 0 < config.train_rows < len(rows):
         places = np.linspace(0, len(rows) - 1, config.train_rows).round().astype(int)
         rows = [rows[place] for place in places]

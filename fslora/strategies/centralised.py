@@ -1,8 +1,7 @@
 """One client that has all the data, at full rank: what federation costs is what it falls short.
 
-In each round it takes H optimizer steps for every client that a federated round would have, of
-those chosen too many so many as it would wait for, so that the same number of examples is seen;
-like a client it begins each round with a new optimizer.
+In each round it takes H optimizer steps for every client that a federated round would wait for, so
+that the same number of examples is seen; like a client it begins each round with a new optimizer.
 
 Bytes: none; the data would have to travel, which is what federated learning is there to avoid.
 """

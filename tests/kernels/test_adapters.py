@@ -123,6 +123,8 @@ def test_what_is_set_on_one_adapter_leaves_what_is_set_on_another(two, act):
         fslora_kernels.sketch(model, index if act == "sketch" else None, adapter_name="second")
         assert ("second" in layer.restrictions) == (act == "sketch")
     assert layer.restrictions["default"] is kept
+    with pytest.raises(ValueError, match="no fused layer has the adapter 'secnod'"):
+        fslora_kernels.sketch(model, None, adapter_name="secnod")
     fslora_kernels.sketch(model, None)
     assert not layer.restrictions
 

@@ -205,3 +205,6 @@ def test_bad_arguments_are_named():
         shared_sketched_linear(x, [replace(projections[0], index=torch.tensor([1, 16]))])
     with pytest.raises(ValueError, match="x must be"):
         shared_sketched_linear(x[:, :5], projections)
+    learnt = torch.tensor(2.0, requires_grad=True)
+    with pytest.raises(ValueError, match="scale is not differentiated"):
+        shared_sketched_linear(x, [replace(projections[0], scale=learnt)])
