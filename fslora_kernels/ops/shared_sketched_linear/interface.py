@@ -65,7 +65,8 @@ def shared_sketched_linear(x: Tensor, projections: Sequence[Projection]) -> tupl
         raise ValueError("shared_sketched_linear needs at least one projection")
     for p in projections:
         check(x, p.weight, p.lora_a, p.lora_b, p.index, p.bias, None)
-        if isinstance(p.scale, Tensor) and p.scale.requires_grad:
+        scale: object = p.scale  # whatever the annotation asks for
+        if isinstance(scale, Tensor) and scale.requires_grad:
             raise ValueError("scale is not differentiated; pass it detached")
     x_TD = in_compute_dtype(x).reshape(-1, x.shape[-1])
     wide = widens(x_TD, *(factor for p in projections for factor in (p.lora_a, p.lora_b)))
