@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import protocol, protocol_cache
-from benchmarks.claims import claims_table, verdict
+from benchmarks.claims import _qualified, claims_table, verdict
 from benchmarks.protocol_cache import collect, read, restore
 from fslora.compare.command import compare
 from fslora.compare.settings import CompareConfig
@@ -125,12 +125,29 @@ def test_claims_hold_both_to_the_rivals_own_score(tmp_path):
         {"label": label, "runs": [{"seed": 0, "folder": folder, "failed": None}]}
         for label, folder in made.items()
     ]
-    table = claims_table({"name": "toy", "figure": "metric", "strategies": strategies})
-    assert table.rows == [
+    data = {"name": "toy", "figure": "metric", "metric_name": "mcc", "strategies": strategies}
+    wanted = [
         # One round of ten each way against two of twenty, one second against eight.
         ["hetlora", "fslora", "1 of 1", "75% ", "8.00 ", "more than it"],
         ["hetlora", "fslora:server_lr=2", "0 of 1", "–", "–", "no: not reached"],
     ]
+    assert claims_table(data).rows == wanted
+    # Of ten, six and then seven of the larger class: the rival's 0.7 is above the one alone.
+    labels = tmp_path / "labels.csv"
+    data |= {"metric_name": "accuracy"}
+    data["settings"] = {"eval_data": str(labels), "label_column": "label", "reader": "auto"}
+    data["settings"]["header"] = True
+    labels.write_text("text,label\n" + "a,1\n" * 6 + "a,0\n" * 4)
+    assert claims_table(data).rows == wanted
+    labels.write_text("text,label\n" + "a,1\n" * 7 + "a,0\n" * 3)
+    assert claims_table(data).rows[0][-1] == "no: the rival only guesses"
+
+
+def test_a_claim_against_a_rival_that_guesses_in_some_seeds_says_so():
+    assert _qualified("yes", 0, 3) == "yes"
+    assert _qualified("yes", 1, 3) == "yes, but the rival only guesses in 1 of 3 seeds"
+    assert _qualified("yes", 3, 3) == "no: the rival only guesses"
+    assert _qualified("no", 3, 3) == "no"
 
 
 def test_a_restoration_that_was_cut_off_is_made_again(tmp_path, monkeypatch):
