@@ -143,6 +143,7 @@ def prepare(config: SimulateConfig) -> Run:
         evaluation_rows=evaluation_rows,
         label_column=config.label_column,
     )
+    draw_attackers(config.threat, data.names, config.seed)  # a share that is nobody is refused
     if config.validation:
         data = validation_split(data, task, fold_in(config.seed, "validation"))
     examples, groups = evaluation.evenly(

@@ -21,3 +21,11 @@ def test_train_rows_of_a_single_text_is_refused(settings, tmp_path):
     config = SimulateConfig(**{**settings, "data": str(text), "train_rows": 9})
     with pytest.raises(ValueError, match="--train-rows 9 would deal the whole of a single text"):
         prepare(config)
+
+
+def test_what_a_run_cannot_have_is_refused_before_the_model_is_loaded(settings, monkeypatch):
+    monkeypatch.setattr("fslora.prepare.load_model", None)
+    with pytest.raises(ValueError, match=r"--attackers .* of 6 clients is nobody"):
+        prepare(SimulateConfig(**settings, attack="scale", attackers=0.05))
+    with pytest.raises(ValueError, match="server-lr 1"):
+        prepare(SimulateConfig(**settings, strategy="flora", server_lr=2))
