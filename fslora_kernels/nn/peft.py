@@ -113,9 +113,9 @@ def sketch(
         ValueError: unknown module or adapter, or an index out of range, repeated or not ascending.
     """
     layers = fused_layers(model)
+    named = list(_named(layers, indices or {}, adapter_name))
     if adapter_name is not None and not any(adapter_name in layer.r for layer in layers.values()):
         raise ValueError(f"no fused layer has the adapter {adapter_name!r}")
-    named = list(_named(layers, indices or {}, adapter_name))
     restrictions = []
     for name, layer, adapter in named:
         index = (indices or {})[name]

@@ -28,6 +28,17 @@ class TestTorch(SketchedLinearContract):
     implementation = "torch"
 
 
+class TestProductsOfAnotherProcessor(SketchedLinearContract):
+    """As one with AMX where this has none, or without it."""
+
+    implementation = "torch"
+
+    @pytest.fixture(autouse=True)
+    def another(self, monkeypatch):
+        other = () if backend_torch.TILED else (torch.bfloat16,)
+        monkeypatch.setattr(backend_torch, "TILED", other)
+
+
 def small(**changes):
     return inputs(Case("small", 5, 7, 6, 4, 2, bias=True, **changes), torch.float64)
 
