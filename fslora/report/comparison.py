@@ -121,6 +121,8 @@ def _axis(name: str) -> str:
 
 def _title(datasets: list[Record]) -> str:
     names = ", ".join(data["name"] for data in datasets)
+    if len(datasets) > 3:  # as many as a heading can hold
+        names = counted(len(datasets), "data set")
     labels = {each["label"] for data in datasets for each in data["strategies"]}
     return f"{counted(len(labels), 'way')} to federate LoRA on {names}"
 

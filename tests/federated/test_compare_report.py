@@ -117,6 +117,12 @@ def test_one_of_anything_is_called_one(data):
     assert "pays nothing" not in caption(data, "bytes.png"), "it failed, and is not drawn"
 
 
+def test_a_heading_names_a_few_data_sets_and_counts_many(data):
+    named = [{**data, "name": f"set {number}"} for number in range(4)]
+    assert "to federate LoRA on set 0, set 1, set 2\n" in render_markdown(named[:3])
+    assert "to federate LoRA on 4 data sets\n" in render_markdown(named)
+
+
 def test_everything_is_escaped_and_nothing_fetched(data, tmp_path):
     (tmp_path / "compare.json").write_text(json.dumps({"datasets": [data]}))
     html = write_comparison(tmp_path).read_text()
