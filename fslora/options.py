@@ -121,8 +121,13 @@ def expected_step(
     cohorts = (
         np.sort(generator.choice(len(rho), per_round, replace=False)) for _ in range(_COHORTS)
     )
-    of_cohort = _count_of_classes if sampler == "class-shared" else _count_of_arcs
-    return float(np.mean([of_cohort(rho[cohort], step[cohort], sampler) for cohort in cohorts]))
+    factors = [
+        _count_of_classes(rho[cohort], step[cohort])
+        if sampler == "class-shared"
+        else _count_of_arcs(rho[cohort], step[cohort], nested=sampler == "nested")
+        for cohort in cohorts
+    ]
+    return float(np.mean(factors))
 
 
 def _count_of_independent(moves: Floats, held: Floats, per_round: int) -> float:
@@ -155,7 +160,7 @@ def _mean_product(values: Floats, size: int) -> Floats:
     return found
 
 
-def _count_of_classes(rho: Floats, step: Floats, _: Sampler) -> float:
+def _count_of_classes(rho: Floats, step: Floats) -> float:
     """The factor of "count" in a cohort whose clients of one ratio train the same ranks.
 
     With nⱼ clients of ratio ρⱼ and step gⱼ, as the one of clients who draw independently:
@@ -173,12 +178,13 @@ def _count_of_classes(rho: Floats, step: Floats, _: Sampler) -> float:
     return total
 
 
-def _count_of_arcs(rho: Floats, step: Floats, sampler: Sampler) -> float:
+def _count_of_arcs(rho: Floats, step: Floats, *, nested: bool) -> float:
     """The factor of "count" in a cohort whose clients train arcs of ranks, at a random place.
 
-    The rank's place is uniform in [0, 1); the clients' arcs start at 0, or end to end.
+    The rank's place is uniform in [0, 1); the clients' arcs start at 0 where they are nested, else
+    each where the last one ends.
     """
-    starts = np.zeros_like(rho) if sampler == "nested" else np.cumsum(rho) - rho
+    starts = np.zeros_like(rho) if nested else np.cumsum(rho) - rho
     edges = np.unique(np.round(np.concatenate([starts % 1, (starts + rho) % 1, [0, 1]]), 12))
     total = 0.0
     for low, high in pairwise(edges):
