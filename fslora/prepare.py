@@ -145,7 +145,8 @@ def prepare(config: SimulateConfig) -> Run:
     )
     draw_attackers(config.threat, data.names, config.seed)  # a share that is nobody is refused
     if config.validation:
-        data = validation_split(data, task, fold_in(config.seed, "validation"))
+        key = fold_in(config.seed, "validation")
+        data = validation_split(data, task, pad_id(tokenizer), key)
     examples, groups = evaluation.evenly(
         data.evaluation, data.evaluation_groups, config.eval_examples
     )
@@ -253,7 +254,8 @@ def examples_of(run: Run) -> Mapping[str, Examples]:
     named = NamedExamples(run.data.names, run.data.clients)
     examples = poisoned(run.config.threat, named, attackers_of(run), len(run.data.labels))
     if run.config.strategy == "centralised":
-        return {POOLED: pooled(list(examples.values()))}
+        # Causal models may name no padding, and need none: it is masked.
+        return {POOLED: pooled(list(examples.values()), run.model.config.pad_token_id or 0)}
     return examples
 
 

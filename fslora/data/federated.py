@@ -127,7 +127,7 @@ def load_federated(
     )
 
 
-def validation_split(data: FederatedData, task: Task, key: int) -> FederatedData:
+def validation_split(data: FederatedData, task: Task, filler: int, key: int) -> FederatedData:
     """Hold out a tenth of the clients' own examples, and put it in place of the evaluation.
 
     As in `load_federated`: running text is held out at each client's end, of other tasks a tenth
@@ -136,12 +136,14 @@ def validation_split(data: FederatedData, task: Task, key: int) -> FederatedData
     Args:
         data: whose evaluation is dropped unseen.
         task: how its rows became examples.
+        filler: the id that they are padded with.
         key: the seed of the draw.
 
     Raises:
         ValueError: no client has two examples.
     """
-    parts = [np.arange(len(examples)) for examples in data.clients]
+    clients = list(data.clients)  # tokenised once
+    parts = [np.arange(len(examples)) for examples in clients]
     if isinstance(task, CausalLM):
         cut = [
             both if len(both[0]) else (part, part[:0])
@@ -150,9 +152,10 @@ def validation_split(data: FederatedData, task: Task, key: int) -> FederatedData
     else:
         cut = _drawn_tenth(parts, key)
     _refuse_empty_evaluation(sum(len(out) for _, out in cut))
-    groups = [client for client, (_, out) in enumerate(cut) for _ in out]
-    kept = [_rows(own, keep) for own, (keep, _) in zip(data.clients, cut, strict=True)]
-    held_out = pooled([_rows(own, out) for own, (_, out) in zip(data.clients, cut, strict=True)])
+    groups = [client for client, (_, rows) in enumerate(cut) for _ in rows]
+    kept = [_rows(own, keep) for own, (keep, _) in zip(clients, cut, strict=True)]
+    out = [_rows(own, rows) for own, (_, rows) in zip(clients, cut, strict=True)]
+    held_out = pooled(out, filler)
     return replace(
         data,
         clients=kept,

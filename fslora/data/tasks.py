@@ -53,15 +53,22 @@ class Examples:
             yield rows, self.take(rows)
 
 
-def pooled(parts: Sequence[Examples]) -> Examples:
-    """All examples of several sets as one, padded on the right to the longest."""
+def pooled(parts: Sequence[Examples], filler: int) -> Examples:
+    """All examples of several sets as one, padded on the right to the longest.
+
+    Args:
+        parts: the sets.
+        filler: the id that they are padded with, `pad_id`: a decoder that classifies takes the last
+            token that is another for the end of a text.
+    """
+    fillers = {"input_ids": filler, "labels": IGNORED}
     width = max(part.tensors["input_ids"].shape[1] for part in parts)
 
     def wide(name: str, tensor: Tensor) -> Tensor:
         if tensor.dim() == 1:
             return tensor
         missing = width - tensor.shape[1]
-        return functional.pad(tensor, (0, missing), value=IGNORED if name == "labels" else 0)
+        return functional.pad(tensor, (0, missing), value=fillers.get(name, 0))
 
     names = parts[0].tensors
     return Examples({n: torch.cat([wide(n, part.tensors[n]) for part in parts]) for n in names})

@@ -1,11 +1,17 @@
-"""Which rows of the data a run takes."""
+"""Which rows of the data a run takes, and that they stay what they are when clients are joined."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from fslora.config import SimulateConfig
-from fslora.prepare import prepare
+from fslora.data.classification import Classification
+from fslora.data.tasks import evaluating, logits_of
+from fslora.prepare import examples_of, prepare
+from fslora.protocol import POOLED
 
 
 def test_train_rows_deals_so_many_of_the_rows(settings):
@@ -29,3 +35,42 @@ def test_what_a_run_cannot_have_is_refused_before_the_model_is_loaded(settings, 
         prepare(SimulateConfig(**settings, attack="scale", attackers=0.05))
     with pytest.raises(ValueError, match="server-lr 1"):
         prepare(SimulateConfig(**settings, strategy="flora", server_lr=2))
+
+
+@pytest.mark.parametrize("joined", ["centralised", "validation"])
+def test_a_decoder_classifies_a_text_alike_alone_and_among_all_clients(
+    settings, tiny_llama, tmp_path, joined
+):
+    """It looks for the last token that is no padding, whose id is not 0 here."""
+    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    shutil.copytree(tiny_llama, model)
+    known = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**known, "pad_token": "<eos>"}))
+    texts = [
+        {"author": f"{n // 20}", "text": "x" * (n + 1), "label": "ab"[n % 2]} for n in range(60)
+    ]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    given = {"model": str(model), "data": str(rows), "clients": 3, "task": "classification"}
+    more = {"strategy": joined} if joined == "centralised" else {"validation": True}
+    longer = {"max_length": 64, "eval_examples": 0}
+    run = prepare(SimulateConfig(**{**settings, **given, **more, **longer}))
+    examples = examples_of(run)[POOLED] if joined == "centralised" else run.data.evaluation
+    rows = torch.arange(len(examples))
+    with evaluating(run.model):
+        together = logits_of(run.model, examples.take(rows))
+        alone = torch.cat([logits_of(run.model, examples.take(row[None])) for row in rows])
+    torch.testing.assert_close(together, alone)
+
+
+def test_clients_are_tokenised_once_to_hold_out_of_their_own(settings, monkeypatch):
+    texts = []
+
+    def counted(self, rows, tokenizer, classes):
+        texts.extend(row["id"] for row in rows)
+        return encode(self, rows, tokenizer, classes)
+
+    encode = Classification.encode
+    monkeypatch.setattr(Classification, "encode", counted)
+    given = {**settings, "task": "classification", "partition": "iid", "validation": True}
+    prepare(SimulateConfig(**given))
+    assert sorted(texts, key=int) == [str(n) for n in range(60)]

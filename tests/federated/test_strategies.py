@@ -157,11 +157,12 @@ def test_pooled_examples_are_padded_to_the_longest():
         labels = torch.where(mask == 1, ids, -100)
         return Examples({"input_ids": ids, "attention_mask": mask, "labels": labels})
 
-    both = pooled([examples(2, 3), examples(5)])
+    both = pooled([examples(2, 3), examples(5)], 9)
+    assert both.tensors["input_ids"][0].tolist() == [7, 7, 0, 9, 9]
     assert both.tensors["attention_mask"].sum(dim=1).tolist() == [2, 3, 5]
     assert both.tensors["labels"].eq(-100).sum(dim=1).tolist() == [3, 2, 0]
     classes = [Examples({**examples(n).tensors, "labels": torch.tensor([n])}) for n in (2, 4)]
-    assert pooled(classes).tensors["labels"].tolist() == [2, 4]
+    assert pooled(classes, 9).tensors["labels"].tolist() == [2, 4]
 
 
 def test_local_only_is_judged_by_the_mean_of_its_clients(settings, tmp_path):
