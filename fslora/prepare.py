@@ -255,7 +255,8 @@ def examples_of(run: Run) -> Mapping[str, Examples]:
     examples = poisoned(run.config.threat, named, attackers_of(run), len(run.data.labels))
     if run.config.strategy == "centralised":
         # Causal models may name no padding, and need none: it is masked.
-        return {POOLED: pooled(list(examples.values()), run.model.config.pad_token_id or 0)}
+        filler = getattr(run.model.config, "pad_token_id", None) or 0
+        return {POOLED: pooled(list(examples.values()), filler)}
     return examples
 
 

@@ -183,6 +183,21 @@ def test_epsilon_is_the_accountants(clients, cohort, noise):
     assert epsilon(replace(privacy, noise=0.0), 1) == math.inf
 
 
+def test_a_round_is_accounted_for_once_however_many_there_are(monkeypatch):
+    """It takes a second, and every record of a run has its epsilon."""
+    composed = []
+
+    def counted(self, *arguments):
+        composed.append(arguments)
+        return compose(self, *arguments)
+
+    compose = RdpAccountant.compose
+    monkeypatch.setattr(RdpAccountant, "compose", counted)
+    privacy = Privacy(clip=0.7, noise=1.7, cohort=3, clients=7)
+    assert epsilon(privacy, 1) < epsilon(privacy, 2) < epsilon(privacy, 3)
+    assert len(composed) == 1
+
+
 def test_with_everybody_in_every_round_epsilon_is_near_the_gaussian_mechanisms():
     """Without sampling there is an exact figure to hold Rényi accounting against."""
     privacy = Privacy(clip=1.0, noise=8.0, cohort=5, clients=5, delta=1e-5)
