@@ -183,6 +183,8 @@ def read_fleet(text: str) -> Fleet:
             raise FileNotFoundError(f"--devices: there is no file {path}")
         try:
             tables = tomllib.loads(path.read_text(encoding="utf-8")).get("device")
+        except OSError as error:
+            raise ValueError(f"--devices: cannot read {path}: {error.strerror}") from None
         except ValueError as error:
             raise ValueError(f"{path} is not valid TOML: {error}") from None
         return _from_tables(tables, str(path))

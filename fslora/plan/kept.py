@@ -55,11 +55,14 @@ def read_in(model: nn.Module) -> int:
 
     Returns:
         Bytes that came in. The system counts them as free all the same: it can read them again.
-        0 where the system does not say.
+        0 where the system does not say, and of weights on a GPU: what comes in is its libraries.
     """
+    mapped = [parameter for parameter in model.parameters() if parameter.device.type == "cpu"]
+    if not mapped:
+        return 0
     try:
         before = resident_bytes("RssFile")
-        for parameter in model.parameters():
+        for parameter in mapped:
             parameter.detach().sum()
         return max(0, resident_bytes("RssFile") - before)
     except OSError:

@@ -37,8 +37,8 @@ def probe(config: ProbeConfig, console: Console) -> Device:
     path = Path(config.table).expanduser()
     if path.is_dir():
         raise ValueError(f"--table {path} is a folder; name a file")
-    if path.is_file() and config.name in _names(path):
-        raise ValueError(f"{path} has a device {config.name} already; give another --name")
+    if path.suffix != ".toml":
+        raise ValueError(f"--table {path}: --devices reads files whose names end in .toml")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()  # known before anything is measured
@@ -46,6 +46,8 @@ def probe(config: ProbeConfig, console: Console) -> Device:
         raise ValueError(
             f"--table {path}: {error.strerror}; name a file that can be written"
         ) from None
+    if config.name in _names(path):
+        raise ValueError(f"{path} has a device {config.name} already; give another --name")
     run = prepare(replace(config.run, **NO_CLOCK))
     ratio, mapped = config.run.ratio_values[0], read_in(run.model)
     # The model is loaded already; what it takes is the device's to give, and not free any more
@@ -136,4 +138,6 @@ def _names(path: Path) -> list[str]:
         tables = tomllib.loads(path.read_text(encoding="utf-8")).get("device", [])
     except ValueError as error:
         raise ValueError(f"--table {path} is not valid TOML: {error}") from None
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ValueError(f"--table {path}: write one [[device]] table for each class of devices")
     return [str(table.get("name")) for table in tables]

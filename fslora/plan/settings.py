@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -148,10 +149,12 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         """Refuse values that cannot work, each by its flag."""
         for name in ("share", "down_mbit", "up_mbit", "seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive and finite")
         for name in ("rtt_ms", "watts"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and finite")
+        if not self.name:
+            raise ValueError("--name is empty; name the class of devices")
         if self.share > 1:
             raise ValueError(f"--share is a part of the clients, at most 1, got {self.share:g}")

@@ -91,6 +91,17 @@ def test_a_bad_fleet_is_one_clear_message(spec, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_fleet_that_may_not_be_read_is_one_clear_message(tmp_path, monkeypatch):
+    def closed(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "fleet.toml"
+    path.write_text("")
+    monkeypatch.setattr(Path, "read_text", closed)
+    with pytest.raises(ValueError, match=r"--devices: cannot read .*fleet\.toml: Permission denied"):
+        read_fleet(str(path))
+
+
 def test_a_model_that_does_not_fit_is_refused():
     model = torch.nn.Linear(100, 100)
     check_memory(Fleet((device(memory_bytes=40400),)), model)

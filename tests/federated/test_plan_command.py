@@ -203,7 +203,10 @@ def test_a_plan_that_could_not_be_written_is_refused_before_any_pilot(asked, tmp
     assert not pilots.exists()
 
 
-@pytest.mark.parametrize("bad", [{"share": 2.0}, {"rtt_ms": -1.0}, {"watts": -1.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"share": 2.0}, {"rtt_ms": -1.0}, {"watts": -1.0}, {"up_mbit": float("inf")}, {"name": ""}],
+)
 def test_a_probe_checks_its_figures_before_it_measures(settings, bad):
     (name,) = bad
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}"):
@@ -229,10 +232,14 @@ def test_a_probe_writes_a_device_that_a_fleet_takes(settings, tmp_path, capsys):
     for bad, message in (
         (tmp_path, "is a folder"),
         (tmp_path / "damaged.toml", "not valid TOML"),
+        (tmp_path / "one.toml", "write one [[device]] table for each class"),
+        (tmp_path / "devices.txt", "--devices reads files whose names end in .toml"),
         (table / "below.toml", "name a file that can be written"),
     ):
         if bad.name == "damaged.toml":
             bad.write_text("[[device]\n")
+        if bad.name == "one.toml":
+            bad.write_text("[device]\nname = 'x'\n")
         again = flags(settings, name="third", table=bad, seconds=0.01, share=0.5)
         assert main(["probe", *again]) == 2
         assert message in capsys.readouterr().err

@@ -68,6 +68,14 @@ def test_weights_of_a_mapped_file_come_in_when_they_are_read(training, tmp_path)
     assert kept.kept_bytes(reader, task) < 16 * MB
 
 
+def test_weights_on_another_device_are_not_in_the_systems_memory(monkeypatch):
+    """Reading them there makes the system read the device's libraries, which are no weights."""
+    grown = iter(range(0, 10**9, 10**8))
+    monkeypatch.setattr(kept, "resident_bytes", lambda _: next(grown))
+    assert kept.read_in(nn.Linear(8, 8, device="meta")) == 0
+    assert kept.read_in(nn.Linear(8, 8)) == 10**8
+
+
 def test_a_system_that_does_not_say_has_nothing_kept(training, monkeypatch, tmp_path):
     monkeypatch.setattr(kept, "_PROCESS", tmp_path / "nothing")
     assert kept.kept_bytes(*training) == 0
