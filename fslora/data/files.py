@@ -10,6 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 Rows = list[dict[str, str]]
@@ -62,6 +63,9 @@ def as_text(value: object) -> str:
     """A value as the string that a row holds: none is empty, what is no string becomes JSON."""
     if value is None:
         return ""
+    if isinstance(value, bytes):  # as some writers of parquet leave text
+        with suppress(UnicodeDecodeError):
+            return value.decode()
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 

@@ -131,7 +131,7 @@ def _refuse_missing_path(source: str, *, must_be_path: bool) -> None:
 
 
 def _read_hub(source: str, split: str) -> Rows:
-    """A data set of the Hugging Face hub; a class label becomes its name, -1 is empty."""
+    """A data set of the Hugging Face hub; a class label becomes its name, -1 and none are empty."""
     match = _DATASET_ID.fullmatch(source)
     try:
         import datasets
@@ -156,7 +156,8 @@ def _read_hub(source: str, split: str) -> Rows:
     rows = []
     for record in data:
         for column, names in class_names.items():
-            record[column] = names[record[column]] if (record[column] or 0) >= 0 else None
+            known = record[column] is not None and record[column] >= 0
+            record[column] = names[record[column]] if known else None
         rows.append({key: as_text(value) for key, value in record.items()})
     if not rows:
         raise ValueError(f"the split {split} of {source} has no rows; name another split")

@@ -62,6 +62,17 @@ def test_parquet_values_become_strings(tmp_path, end):
     assert read_file(path) == [{"text": "x", "label": "1"}, {"text": "", "label": "0"}]
 
 
+def test_text_that_parquet_has_as_bytes_is_text(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    table = {"text": ["caf\u00e9".encode(), b""], "image": [b"\xff\xd8", None]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "t.parquet")
+    rows = read_file(tmp_path / "t.parquet")
+    assert [row["text"] for row in rows] == ["caf\u00e9", ""]
+    assert rows[1]["image"] == ""
+
+
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"pip install 'fslora\[data\]'"):

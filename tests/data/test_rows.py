@@ -117,12 +117,14 @@ class FakeDatasets(SimpleNamespace):
 
 def test_a_dataset_is_read_with_its_class_names(monkeypatch):
     records = [{"label": 1, "text": "x"}, {"label": 0, "text": None}, {"label": -1, "text": "z"}]
+    records.append({"label": None, "text": "none"})
     library = FakeDatasets(records)
     monkeypatch.setitem(sys.modules, "datasets", library)
     assert read_rows("org/na.me-v1.0:config", split="test") == [
         {"label": "positive", "text": "x"},
         {"label": "negative", "text": ""},
         {"label": "", "text": "z"},
+        {"label": "", "text": "none"},
     ]
     assert library.calls == [("org/na.me-v1.0", "config", "test")]
 

@@ -98,7 +98,9 @@ def test_a_fleet_that_may_not_be_read_is_one_clear_message(tmp_path, monkeypatch
     path = tmp_path / "fleet.toml"
     path.write_text("")
     monkeypatch.setattr(Path, "read_text", closed)
-    with pytest.raises(ValueError, match=r"--devices: cannot read .*fleet\.toml: Permission denied"):
+    with pytest.raises(
+        ValueError, match=r"--devices: cannot read .*fleet\.toml: Permission denied"
+    ):
         read_fleet(str(path))
 
 
