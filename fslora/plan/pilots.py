@@ -74,10 +74,17 @@ def run_to(config: SimulateConfig, target: Target) -> list[dict[str, Any]]:
 
 
 def reached(record: dict[str, Any], target: Target) -> bool:
-    """Whether an evaluation is at the target or beyond."""
-    value = record[f"eval_{target.figure}"]
-    if not isinstance(value, float):
-        return False
+    """Whether an evaluation is at the target or beyond.
+
+    Raises:
+        ValueError: the target is a score, and there is none.
+    """
+    value: float | None = record[f"eval_{target.figure}"]
+    if value is None:
+        raise ValueError(
+            f"--targets {target.value:g} is a score, and answers have none here (they have one "
+            "where 2 to 32 different ones are held out); name a loss, such as loss:2.5"
+        )
     return value <= target.value if target.figure == "loss" else value >= target.value
 
 

@@ -175,6 +175,18 @@ def test_a_target_that_is_reached_already_is_refused_after_one_pilot(asked, caps
     assert len(list((Path(asked["out"]) / "pilots").iterdir())) == 1
 
 
+def test_a_score_that_the_task_has_not_is_refused_after_one_round(asked, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"instruction": f"{n}", "response": f"r{n}"}) + "\n" for n in range(60)]
+    rows.write_text("".join(lines))
+    free = {"task": "instruction", "data": rows, "partition": "iid", "eval_data": rows}
+    plan = {**asked, **free, "eval_examples": 0, "targets": "0.5"}
+    assert main(["plan", *flags(plan)]) == 2
+    assert "name a loss, such as loss:2.5" in capsys.readouterr().err
+    (pilot,) = (Path(asked["out"]) / "pilots").iterdir()
+    assert [row["round"] for row in checkpoint.read_records(pilot)] == [0, 1]
+
+
 def test_a_plan_takes_a_file_of_settings_and_flags_over_it(asked, tmp_path, capsys):
     path = tmp_path / "run.toml"
     lines = [
