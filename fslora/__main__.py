@@ -239,14 +239,14 @@ def _run(config: object) -> None:
     from fslora.console import closing_lines, closing_table, progress
     from fslora.report import write_report
     from fslora.simulate import simulate
-    from fslora.trust import thin_coverage
+    from fslora.trust import idle_attack, thin_coverage
 
     if not isinstance(config, SimulateConfig):
         raise TypeError(f"not a config: {config}")
     console, folder = _console(), Path(config.out)
     thin = thin_coverage(config.strategy, config.rule, config.per_round, config.mean_coverage)
-    if thin:
-        sys.stderr.write(f"fslora: {thin}\n")
+    for warning in filter(None, (thin, idle_attack(config.strategy, config.attack))):
+        sys.stderr.write(f"fslora: {warning}\n")
     try:
         with progress(config, console) as watcher:
             summary = simulate(config, watcher)

@@ -146,6 +146,23 @@ def thin_coverage(strategy: str, rule: Rule, per_round: int, coverage: float) ->
     )
 
 
+def idle_attack(strategy: str, attack: Attack) -> str:
+    """Warn where nobody mounts an attack, else say nothing.
+
+    Args:
+        strategy: its name; as the row beside others that an attack reaches it may be meant.
+        attack: what hostile clients would do.
+    """
+    why = {
+        "zero-shot": "where nobody trains",
+        "centralised": "" if attack == "label-flip" else "whose one client is the server's own",
+        "head-only": "whose heads have no ranks" if attack == "wrong-ranks" else "",
+    }.get(strategy)
+    if attack == "none" or not why:
+        return ""
+    return f"--attack {attack} does nothing with --strategy {strategy}, {why}"
+
+
 def check_trust(
     *,
     strategy: str,

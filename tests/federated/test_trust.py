@@ -2,11 +2,17 @@ import json
 import math
 
 import pytest
+import torch
 
-from fslora import trust
+from fslora import checkpoint, trust
+from fslora.__main__ import main
 from fslora.config import SimulateConfig
+from fslora.simulate import simulate
 from fslora.strategies import STRATEGIES
-from fslora.trust import PRIVATE, ROBUST, Rule, thin_coverage
+from fslora.trust import PRIVATE, ROBUST, Rule, idle_attack, thin_coverage
+
+from .test_cli import flags as as_flags
+from .worlds import tensors_of
 
 BASE = {"model": "m", "data": "d"}
 DP = {"dp_clip": 1.0, "dp_noise": 1.0}
@@ -92,6 +98,29 @@ def test_ranks_that_too_few_clients_train_are_a_warning(strategy, rule, ratio, w
     warning = thin_coverage(strategy, rule, 10, ratio)
     assert bool(warning) == warned
     assert not warned or "by 2.9 clients" in warning
+
+
+@pytest.mark.parametrize("strategy", ["centralised", "zero-shot", "head-only"])
+def test_an_attack_is_called_idle_where_it_changes_nothing(settings, tiny_bert, tmp_path, strategy):
+    """With everybody hostile."""
+    few = {"per_round": 1, "rounds": 1, "eval_sketched": False, "strategy": strategy}
+    given = {**settings, "model": str(tiny_bert), "task": "classification", **few}
+    ends = {}
+    for attack in ("none", "sign-flip", "wrong-ranks", "label-flip"):
+        own = {} if attack == "none" else {"attack": attack, "attackers": 1.0}
+        simulate(SimulateConfig(**{**given, **own, "out": str(tmp_path / attack)}))
+        ends[attack] = tensors_of(checkpoint.load_state(tmp_path / attack))
+    clean = ends.pop("none")
+    for attack, end in ends.items():
+        same = all(torch.equal(tensor, end[entry]) for entry, tensor in clean.items())
+        assert bool(idle_attack(strategy, attack)) == same
+
+
+def test_an_idle_attack_is_a_warning(settings, capsys):
+    given = as_flags(settings, strategy="zero-shot", rounds=1)
+    assert main(["simulate", *given, "--attack=scale"]) == 0
+    assert "--attack scale does nothing with --strategy zero-shot" in capsys.readouterr().err
+    assert not any(idle_attack(name, "none") for name in STRATEGIES)
 
 
 def test_the_mean_coverage_weighs_the_devices_and_counts_every_draw():
