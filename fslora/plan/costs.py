@@ -88,8 +88,11 @@ def count_costs(run: Run) -> Costs:
     strategy = make_strategy(config, ratio_of)
     state = strategy.init(*take_state(model), config.seed)
     tasks = strategy.assign(state, _CLIENTS)
-    held = [min(len(examples), config.batch_size) for examples in run.data.clients]
-    longest = longest_of(run.data.evaluation, max(held))
+    held, fullest = [], run.data.evaluation
+    for examples in run.data.clients:
+        held.append(min(len(examples), config.batch_size))
+        fullest = max(fullest, examples, key=_most_tokens)  # one long text makes a batch as long
+    longest = longest_of(fullest, max(held))
     trainer = LocalTrainer(model, run.task, dict.fromkeys(_CLIENTS, longest))
     step_flops = step_counter(trainer, run.data.evaluation)
     # A client with fewer examples than a batch is charged its share of one.
@@ -152,9 +155,16 @@ def longest_of(examples: Examples, count: int) -> Examples:
 
     Where there are fewer than ``count``, some come more than once.
     """
-    lengths = examples.tensors["attention_mask"].sum(dim=1)
-    order = lengths.argsort(descending=True, stable=True)
+    order = _lengths(examples).argsort(descending=True, stable=True)
     return Examples(examples.take(order[torch.arange(count) % len(order)]))
+
+
+def _lengths(examples: Examples) -> Tensor:
+    return examples.tensors["attention_mask"].sum(dim=1)
+
+
+def _most_tokens(examples: Examples) -> int:
+    return int(_lengths(examples).max())
 
 
 def _repeated(model: torch.nn.Module) -> tuple[float, int]:

@@ -61,6 +61,8 @@ class Plan:
         size = sizes[number]
         if size == costs.rank:
             return "nothing, it has every rank"
+        if number not in self.problem.cohorts.member:
+            return "nothing: its share of the clients is too small for it to be drawn"
         reason = broken(costs, self.problem.fleet.devices[number], self.limits, size + 1)
         if reason:
             return f"its {reason}"

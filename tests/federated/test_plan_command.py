@@ -89,6 +89,24 @@ def test_memory_is_that_of_the_clients_batch_however_many_are_judged(
     assert count_costs(run).memory_bytes(8) == pytest.approx(round_bytes(trainer, task), rel=0.02)
 
 
+def test_memory_is_that_of_the_longest_text_that_any_client_has(settings, tmp_path):
+    """It pads its batch, although none as long is among those that the model is judged by."""
+    rows = tmp_path / "rows.jsonl"
+    lengths = [4] * 59 + [40]
+    texts = [
+        {"instruction": "x", "response": "y" * n, "author": f"{i % 6}"}
+        for i, n in enumerate(lengths)
+    ]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    changes = {"data": str(rows), "task": "instruction", "max_length": 64, "batch_size": 8}
+    run = prepare(SimulateConfig(**{**settings, **changes}))
+    (own,) = (c for c in run.data.clients if c.tensors["attention_mask"].sum(dim=1).max() > 40)
+    strategy = make_strategy(run.config, {"c": 1.0})
+    (task,) = strategy.assign(strategy.init(*take_state(run.model), 0), ["c"])
+    needed = round_bytes(LocalTrainer(run.model, run.task, {"c": own}), task)
+    assert count_costs(run).memory_bytes(8) == pytest.approx(needed, rel=0.02)
+
+
 def test_a_plan_is_made_kept_and_simulated(asked, tmp_path, capsys):
     given = flags(asked, pilot_ratios="1/8,1")
     assert main(["plan", *given]) == 0

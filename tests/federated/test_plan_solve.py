@@ -213,6 +213,18 @@ def test_a_terminal_shows_names_as_they_are_and_all_figures_beside_a_long_one(ca
     assert capsys.readouterr().out.count("nothing says how sure it is") == 2
 
 
+def test_a_class_that_no_client_has_is_not_said_to_be_held_back_by_the_goal():
+    fleet = Fleet((device("rare", share=0.01), device("common", share=0.99)))  # of 20 clients
+    run = SimulateConfig(model="m", data="d", rank=6, devices="gpu:5g", targets="loss:2")
+    made = problem(fleet)
+    best = solve(made, 0).outlook
+    plan = Plan(
+        PlanConfig(run, pilot_ratios="1/6,1"), made, Solution(best, True), best, best, Limits()
+    )
+    assert plan.binding(0) == "nothing: its share of the clients is too small for it to be drawn"
+    assert "drawn" not in plan.binding(1)
+
+
 def test_nobody_in_time_is_refused():
     fleet = Fleet((device("flaky", dropout=1 - 1e-12),))
     with pytest.raises(ValueError, match="no answer would be used"):
