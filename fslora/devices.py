@@ -175,17 +175,17 @@ def read_fleet(text: str) -> Fleet:
     if text.startswith("["):
         try:
             return _from_tables(json.loads(text), "--devices")
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"--devices {text[:20]!r} is not valid JSON: {error}") from None
     if text.endswith(".toml"):
         path = Path(text).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"--devices: there is no file {path}")
         try:
             tables = tomllib.loads(path.read_text(encoding="utf-8")).get("device")
+        except FileNotFoundError:
+            raise FileNotFoundError(f"--devices: there is no file {path}") from None
         except OSError as error:
             raise ValueError(f"--devices: cannot read {path}: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid TOML: {error}") from None
         return _from_tables(tables, str(path))
     return _from_tables([_table(part.strip()) for part in text.split(",")], "--devices")

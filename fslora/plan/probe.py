@@ -35,8 +35,6 @@ def probe(config: ProbeConfig, console: Console) -> Device:
         ValueError: the run cannot work, or the file has a device of this name already.
     """
     path = Path(config.table).expanduser()
-    if path.is_dir():
-        raise ValueError(f"--table {path} is a folder; name a file")
     if path.suffix != ".toml":
         raise ValueError(f"--table {path}: --devices reads files whose names end in .toml")
     try:
@@ -136,7 +134,7 @@ def table_of(device: Device) -> str:
 def _names(path: Path) -> list[str]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8")).get("device", [])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--table {path} is not valid TOML: {error}") from None
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise ValueError(f"--table {path}: write one [[device]] table for each class of devices")

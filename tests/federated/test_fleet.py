@@ -59,6 +59,8 @@ BAD = {
     "phone:poor=1.5,gpu:5g=-0.5": "share must be positive, got -0.5",
     "nothing.toml": "there is no file nothing.toml",
     "[1": "is not valid JSON",
+    "[" * 9999: "is not valid JSON: maximum recursion depth",
+    f"{'x' * 999}.toml": "File name too long",
     '[{"compute":"gpu","network":"5g","share":1,"ratio":1.5}]': "ratio is at most 1",
     '[{"compute":["gpu"],"network":"5g","share":1}]': "there is no compute ['gpu']",
     f'[{{"compute":"gpu","network":"5g","share":1{"0" * 400}}}]': "0000 is not a number",
@@ -67,6 +69,7 @@ BAD = {
 }
 BAD_TOML = {
     "x = [": "is not valid TOML",
+    f"x = {'[' * 9999}": "is not valid TOML: maximum recursion depth",
     "x = 1": "one [[device]] table",
     "device = 1": "one [[device]] table",
     "[[device]]\ncompute = 'phone'\nshare = 1": "lacks down_bits_per_second, up_bits",
@@ -79,7 +82,7 @@ BAD_TOML = {
 }
 
 
-@pytest.mark.parametrize("spec", [*BAD, *BAD_TOML])
+@pytest.mark.parametrize("spec", [*BAD, *BAD_TOML], ids=lambda spec: spec[:40])
 def test_a_bad_fleet_is_one_clear_message(spec, tmp_path):
     text = spec
     if spec in BAD_TOML:

@@ -259,8 +259,10 @@ def test_a_probe_writes_a_device_that_a_fleet_takes(settings, tmp_path, capsys):
     assert main(["probe", *probing]) == 2
     assert "has a device mine already" in capsys.readouterr().err
     assert replace(other, name="mine").share == 0.5
+    folder = tmp_path / "folder.toml"
+    folder.mkdir()
     for bad, message in (
-        (tmp_path, "is a folder"),
+        (folder, "Is a directory; name a file"),
         (tmp_path / "damaged.toml", "not valid TOML"),
         (tmp_path / "one.toml", "write one [[device]] table for each class"),
         (tmp_path / "devices.txt", "--devices reads files whose names end in .toml"),
