@@ -6,7 +6,9 @@ import tomllib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rich.console import Console
 
 from fslora import checkpoint
 from fslora.__main__ import main
@@ -15,6 +17,8 @@ from fslora.clock import step_counter
 from fslora.config import SimulateConfig
 from fslora.devices import read_fleet
 from fslora.models import take_state
+from fslora.plan import command
+from fslora.plan.bound import Effort, Fit
 from fslora.plan.costs import count_costs, round_bytes
 from fslora.plan.pilots import pilots_of
 from fslora.plan.settings import PlanConfig, ProbeConfig
@@ -140,6 +144,20 @@ def test_a_plan_is_made_kept_and_simulated(asked, tmp_path, capsys):
         assert {client["bytes_up"] for client in own} == {device["bytes_up"]}
     resumed = ["simulate", "--config", str(out / "plan.toml"), f"--out={planned}", "--resume"]
     assert main(resumed) == 0
+
+
+def test_a_plan_is_for_the_devices_that_it_began_with(asked, monkeypatch):
+    def while_pilots_run(config, _):
+        Path(asked["devices"]).write_text("")
+        target = config.target.value
+        levels = np.linspace(target + 0.1, target, 4)
+        full = np.arange(1.0, 5)
+        return Fit(Effort(0.5), (Effort(0.5),), levels, full, full[None], target + 0.2, 0.0)
+
+    monkeypatch.setattr(command, "run_pilots", while_pilots_run)
+    config = PlanConfig(run=SimulateConfig(**asked))
+    plan = command.make_plan(config, Console(quiet=True))
+    assert [device.name for device in plan.fleet.devices] == ["far phone", "server"]
 
 
 def test_pilots_share_nothing_with_the_run(asked):
