@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -286,7 +287,9 @@ class SimulateConfig:
             )
         if self.fault_values.slow and not self.devices:
             raise ValueError("--faults slow needs a clock: give --devices")
-        _ = self.fleet, self.target_values  # refuse what cannot be read before anything is loaded
+        _ = self.target_values  # refuse what cannot be read before anything is loaded
+        if self.fleet and self.devices.endswith(".toml"):  # the file may change from run to run
+            object.__setattr__(self, "devices", json.dumps(self.fleet.to_json()))
         listed = ",".join(map(str, self.ratio_values))
         if self.ratios not in (listed, _RATIOS) and self.fleet and any(self.fleet.ratios):
             raise ValueError(

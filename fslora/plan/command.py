@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,9 +35,6 @@ def make_plan(config: PlanConfig, console: Console) -> Plan:
     """
     out = Path(config.run.out)
     disk.check_writable(out)  # known before any pilot
-    # The file of devices may change while the pilots run.
-    devices = json.dumps(config.fleet.to_json())
-    config = replace(config, run=replace(config.run, devices=devices))
     run = prepare(replace(config.run, **NO_CLOCK))
     costs = count_costs(run)
     limits = Limits(config.run.deadline, 1e6 * config.traffic_mb)

@@ -120,19 +120,21 @@ def test_a_fleet_from_a_file_is_kept_whole(settings, tmp_path):
         "[[device]]\nname = 'old phone'\ncompute = 'phone'\nnetwork = 'poor'\nshare = 0.5\n"
         "flops_per_second = 1e9\n[[device]]\ncompute = 'gpu'\nnetwork = 'silo'\nshare = 0.5\n"
     )
-    config = SimulateConfig(**{**settings, "devices": str(path), "over_select": 2.0})
+    given = {**settings, "devices": str(path), "over_select": 2.0}
+    config = SimulateConfig(**given)
     old, gpu = config.fleet.devices
     assert (old.name, old.flops_per_second, old.dropout) == ("old phone", 1e9, 0.05)
     assert gpu.memory_bytes == 24e9
     simulate(replace(config, rounds=1))
     path.unlink()
+    assert replace(config, seed=1).fleet == config.fleet, "as runs of a comparison are made"
     saved = read_settings(Path(config.out) / "config.json")
     restored = SimulateConfig(**merged(None, saved, "config.json"))
     assert restored.fleet.devices == (old, gpu)
     simulate(replace(restored, rounds=2, resume=True))
     path.write_text("[[device]]\ncompute = 'gpu'\nnetwork = 'silo'\nshare = 1\n")
     with pytest.raises(ValueError, match="started otherwise: --devices"):
-        simulate(replace(config, resume=True))
+        simulate(SimulateConfig(**given, resume=True))
 
 
 def test_clients_of_a_device_with_a_ratio_of_its_own_have_it(settings):
