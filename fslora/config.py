@@ -393,8 +393,7 @@ class SimulateConfig:
 
     def to_json(self) -> dict[str, object]:
         """Return the config with its lists as lists, as ``config.json`` holds it."""
-        values: dict[str, object] = {**asdict(self)}
-        values.update({name: list(self.column_names(name)) for name in LISTS})
+        values: dict[str, object] = asdict(self) | {n: list(self.column_names(n)) for n in LISTS}
         # Whole, so that the run folder says what was simulated when a file or a built-in changes.
         values["devices"] = self.fleet.to_json() if self.fleet else ""
         return {**values, "ratios": list(self.ratio_values)}
