@@ -55,7 +55,8 @@ def save_state(folder: Path, state: ServerState) -> None:
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     header = {"round": str(state.round), "key": str(state.key), "clients": json.dumps(ids)}
     # A gradient's norm is summed in the order of the modules, so that the order is state too.
-    header |= {"rejections": json.dumps(state.rejections), "order": json.dumps(list(tensors))}
+    header |= {"rejections": json.dumps(state.rejections), "lost": str(state.lost)}
+    header |= {"order": json.dumps(list(tensors))}
     header |= {"format": _FORMAT, "checksum": str(_checksum(contiguous, header))}
     data = save(contiguous, metadata=header)
     disk.write_atomically(folder / STATE_FILE, data, keep=folder / PREVIOUS_FILE)
@@ -174,6 +175,7 @@ def _read(path: Path) -> ServerState:
         if kind == _WITHOUT_CHECKSUM
         else _unstacked(clients, json.loads(header["clients"])),
         rejections=json.loads(header.get("rejections", "{}")),
+        lost=int(header.get("lost", 0)),
     )
 
 

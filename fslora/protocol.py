@@ -232,6 +232,7 @@ class ServerState:
         client_state: client id to what the server remembers of it, by name; only of clients that
             have taken part, and only where a strategy needs it.
         rejections: client id to how many of its updates were no use, of those with any.
+        lost: rounds in a row, up to this one, that nobody's update came of.
     """
 
     round: int
@@ -242,6 +243,7 @@ class ServerState:
     base_residual: Adapters = field(default_factory=dict)
     client_state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     rejections: dict[str, int] = field(default_factory=dict)
+    lost: int = 0
 
 
 class Strategy(NamedTuple):

@@ -259,7 +259,6 @@ def rounds(
             Rounds that were lost to absence, crashes or the deadline alone are recorded and leave
             the model as it was, unless there are several in a row.
     """
-    lost = 0
     while state.round < until:
         away = quarantined(state, clients, limits)
         asked = [client_id for client_id in clients if client_id not in away]
@@ -271,12 +270,12 @@ def rounds(
             state, record = run_round(
                 state, strategy, engine, client, cohort, on_client, clock, limits
             )
-            lost = 0
+            state = replace(state, lost=0)
         except NoUsableUpdateError as error:
-            lost += 1
+            lost = state.lost + 1
             if error.lost is None or lost == _MOST_LOST:
                 raise
-            state, record = replace(state, round=state.round + 1), error.lost
+            state, record = replace(state, round=state.round + 1, lost=lost), error.lost
         record = replace(record, quarantined=sorted(away))
         if record.sim_seconds is not None:
             sim_seconds += record.sim_seconds

@@ -125,6 +125,7 @@ def test_every_field_of_a_state_is_kept(tmp_path):
         "base_residual": {"q": beside},
         "client_state": {"one": {"rank": torch.tensor(3)}},
         "rejections": {"two": 4},
+        "lost": 2,
     }
     assert full.keys() == {field.name for field in fields(ServerState)}
     checkpoint.save_state(tmp_path, ServerState(**full))

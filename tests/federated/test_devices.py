@@ -198,7 +198,7 @@ def test_a_round_that_nobody_makes_says_why(tiny_llama, figures, deadline, messa
         run_round(state, strategy, sequential, client, CLIENTS, clock=timed)
 
 
-def test_a_lost_round_is_recorded_and_five_in_a_row_stop_the_run(tiny_llama):
+def test_a_lost_round_is_recorded_and_five_in_a_row_stop_the_run_also_when_it_is_resumed(tiny_llama):
     _, strategy, state, client = world(tiny_llama, (1.0, 1.0, 1.0, 1.0))
     rare = clock(dict.fromkeys(CLIENTS, 1.0), availability=0.2)
     steps = partial(rounds, state, strategy, sequential, client, CLIENTS, per_round=2)
@@ -217,6 +217,10 @@ def test_a_lost_round_is_recorded_and_five_in_a_row_stop_the_run(tiny_llama):
     with pytest.raises(NoUsableUpdateError, match="round 5: no client's"):
         seen.extend(steps(until=12, clock=never))
     assert [record.round for _, record in seen] == [1, 2, 3, 4]
+    resumed = partial(rounds, seen[-1][0], *steps.args[1:], per_round=2)
+    with pytest.raises(NoUsableUpdateError, match="round 5: no client's"):
+        list(resumed(until=12, clock=never))
+    assert [after.lost for after, _ in resumed(until=5)] == [0]
 
     def diverged(task):
         return replace(client(task), metrics={"loss": math.nan})
