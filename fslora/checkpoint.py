@@ -108,11 +108,6 @@ def has_state(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (STATE_FILE, PREVIOUS_FILE))
 
 
-def of_round(number: int) -> str:
-    """Name a checkpoint, for a message."""
-    return f"the checkpoint of round {number}"
-
-
 def rounds_done(folder: Path) -> int:
     """The number of the last round that a run recorded; 0 before the first."""
     records = folder / RECORDS_FILE
@@ -122,9 +117,9 @@ def rounds_done(folder: Path) -> int:
 
 
 def newest_round(folder: Path) -> str:
-    """Name the checkpoint that a folder holds, for a message; nothing if it holds none."""
+    """Name the newest whole checkpoint of a folder, for a message; nothing if there is none."""
     try:
-        return of_round(load_state(folder).round)
+        return f"the checkpoint of round {load_state(folder).round}"
     except ValueError:
         return ""
 

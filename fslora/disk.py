@@ -107,7 +107,7 @@ def _beside(path: Path) -> Path:
 
 
 @contextmanager
-def locked(folder: Path, kept: str = "") -> Iterator[None]:
+def locked(folder: Path, kept: Callable[[Path], str] = lambda _: "") -> Iterator[None]:
     """Keep other processes out of a folder, and clear away what a killed one left half written.
 
     The lock is the operating system's: it ends with the process, however that ends.
@@ -146,12 +146,13 @@ def _name_in(owner: Path) -> str:
 
 
 @contextmanager
-def explained_errors(folder: Path, kept: str = "") -> Iterator[None]:
+def explained_errors(folder: Path, kept: Callable[[Path], str] = lambda _: "") -> Iterator[None]:
     """Turn a full disk or a read-only folder into one message with the remedy.
 
     Args:
         folder: where is written.
-        kept: what is not lost, for the message; default whatever was there before.
+        kept: says of the folder what is not lost, and is asked after an error only; default
+            whatever was there before.
 
     Raises:
         ValueError: in place of any error of writing inside.
@@ -159,10 +160,10 @@ def explained_errors(folder: Path, kept: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        resume = ", and go on with --resume" if kept else ""
+        reason, whole = getattr(error, "strerror", None) or error, kept(folder)
+        resume = ", and go on with --resume" if whole else ""
         raise ValueError(
-            f"cannot write to {folder}: {reason}; {kept or 'what was there before'} is intact. "
+            f"cannot write to {folder}: {reason}; {whole or 'what was there before'} is intact. "
             f"Make room there, or make it writable{resume}; or choose another --out"
         ) from error
 

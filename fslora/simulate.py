@@ -68,7 +68,7 @@ def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str
     watcher, folder = watcher or Watcher(), Path(config.out)
     checked_folder(config)  # before a folder is made
     made, threads = not folder.exists(), torch.get_num_threads()
-    with disk.locked(folder, checkpoint.newest_round(folder)):
+    with disk.locked(folder, checkpoint.newest_round):
         try:
             # Again: another process may have begun a run in it, or got further.
             return _simulate(checked_folder(config), watcher)
@@ -83,7 +83,7 @@ def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
     run = prepare(config)
     _check_source(run)
     watcher.on_data(sizes(run.data))
-    with disk.explained_errors(run.folder, checkpoint.newest_round(run.folder)):
+    with disk.explained_errors(run.folder, checkpoint.newest_round):
         state = checkpoint.resume(run.folder) if config.resume else None
         if checkpoint.rounds_done(run.folder) < config.rounds:
             for name in _OF_THE_END:
@@ -91,7 +91,9 @@ def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
         settings = replace(config, resume=False).to_json()
         disk.write_json(run.folder / "config.json", settings)
         if state is None:
-            state = _first_state(run, watcher.on_judging)
+            checkpoint.cut_records(run.folder, -1)
+    if state is None:
+        state = _first_state(run, watcher.on_judging)
     records = checkpoint.read_records(run.folder)
     watcher.on_start(state.round, sum(row["bytes_up"] + row["bytes_down"] for row in records))
     trainer = LocalTrainer(run.model, run.task, examples_of(run))
@@ -111,9 +113,7 @@ def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
     try:
         for new_state, bare in steps:
             record = _evaluated(run, new_state, bare)
-            with disk.explained_errors(run.folder, checkpoint.of_round(state.round)):
-                checkpoint.append_record(run.folder, record.to_json())
-                checkpoint.save_state(run.folder, new_state)
+            _keep(run.folder, new_state, record.to_json())
             state = new_state
             watcher.on_round(record)
     except BaseException:
@@ -124,7 +124,7 @@ def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
     records = checkpoint.read_records(run.folder)
     summary = summarise(config, state, run.ratio_of_id, records, run.model)
     summary |= {"split": fingerprints(run.data), "data": sizes(run.data)}
-    with disk.explained_errors(run.folder, checkpoint.of_round(state.round)):
+    with disk.explained_errors(run.folder, checkpoint.newest_round):
         disk.write_json(run.folder / "summary.json", summary)
     return summary
 
@@ -159,7 +159,7 @@ def _write_adapter(run: Run, state: ServerState) -> None:
     """Write the global adapter as a PEFT checkpoint, where all clients have one model."""
     if run.config.strategy == "local-only":
         return
-    with disk.explained_errors(run.folder, checkpoint.of_round(state.round)):
+    with disk.explained_errors(run.folder, checkpoint.newest_round):
         disk.replace_folder(
             run.folder / "adapter", lambda folder: save_adapter(run.model, state, Path(folder))
         )
@@ -181,14 +181,18 @@ def _check_source(run: Run) -> None:
 def _first_state(run: Run, on_judging: Callable[[], None]) -> ServerState:
     """The state to begin with, evaluated once."""
     state = run.strategy.init(*take_state(run.model), run.config.seed)
-    checkpoint.cut_records(run.folder, -1)
     beginning = 0.0 if run.config.devices else None
     bare = RoundRecord(round=0, sim_seconds=beginning, sim_seconds_total=beginning)
     on_judging()
     record = _evaluated(run, state, bare).to_json() | {"source": run.data.source}
-    checkpoint.append_record(run.folder, record)
-    checkpoint.save_state(run.folder, state)
+    _keep(run.folder, state, record)
     return state
+
+
+def _keep(folder: Path, state: ServerState, record: dict[str, object]) -> None:
+    with disk.explained_errors(folder, checkpoint.newest_round):
+        checkpoint.append_record(folder, record)
+        checkpoint.save_state(folder, state)
 
 
 def _evaluated(run: Run, state: ServerState, record: RoundRecord) -> RoundRecord:

@@ -7,13 +7,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fslora import checkpoint, server
+from fslora import checkpoint, evaluation, server
 from fslora.config import SimulateConfig
 from fslora.models import take_state
 from fslora.prepare import prepare
@@ -314,6 +315,24 @@ def test_a_model_without_a_loss_is_not_blamed_on_the_training(settings, tmp_path
     broken.save_pretrained(folder)
     with pytest.raises(DivergedError, match="nothing was trained yet: use --dtype float32"):
         simulate(SimulateConfig(**{**settings, "model": str(folder)}))
+
+
+def test_an_error_of_the_evaluation_is_not_taken_for_one_of_the_run_folder(settings, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(evaluation, "evaluate_mean", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        simulate(SimulateConfig(**settings))
+    monkeypatch.undo()
+    simulate(SimulateConfig(**settings, resume=True))
+
+
+def test_a_resumed_run_reads_its_checkpoint_once(settings):
+    simulate(SimulateConfig(**settings))
+    with patch.object(checkpoint, "_read", wraps=checkpoint._read) as read:
+        simulate(SimulateConfig(**{**settings, "rounds": 3}, resume=True))
+    assert read.call_count == 1
 
 
 def test_threads_are_the_callers_again_after_a_run(settings):
