@@ -198,7 +198,7 @@ def test_a_round_that_nobody_makes_says_why(tiny_llama, figures, deadline, messa
         run_round(state, strategy, sequential, client, CLIENTS, clock=timed)
 
 
-def test_a_lost_round_is_recorded_and_five_in_a_row_stop_the_run_also_when_it_is_resumed(tiny_llama):
+def test_a_lost_round_is_recorded_and_five_in_a_row_stop_also_a_resumed_run(tiny_llama):
     _, strategy, state, client = world(tiny_llama, (1.0, 1.0, 1.0, 1.0))
     rare = clock(dict.fromkeys(CLIENTS, 1.0), availability=0.2)
     steps = partial(rounds, state, strategy, sequential, client, CLIENTS, per_round=2)
