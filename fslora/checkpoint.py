@@ -108,6 +108,13 @@ def has_state(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (STATE_FILE, PREVIOUS_FILE))
 
 
+def source(folder: Path) -> dict[str, str]:
+    """What round 0 recorded of a run's data and model; nothing before the first checkpoint."""
+    records = read_records(folder) if has_state(folder) else []
+    found: dict[str, str] = records[0].get("source", {}) if records else {}
+    return found
+
+
 def rounds_done(folder: Path) -> int:
     """The number of the last round that a run recorded; 0 before the first."""
     records = folder / RECORDS_FILE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,15 @@ def saved_settings(folder: Path) -> Path:
     return path
 
 
-def continued(saved: SimulateConfig, asked: SimulateConfig) -> SimulateConfig:
+def continued(
+    saved: SimulateConfig, asked: SimulateConfig, checked: Collection[str] = ()
+) -> SimulateConfig:
     """Check that a run may be continued as asked.
+
+    Args:
+        saved: its settings.
+        asked: those that it is to go on with.
+        checked: settings that may differ because the caller compares the content of what they name.
 
     Returns:
         The config to go on with.
@@ -104,7 +111,7 @@ def continued(saved: SimulateConfig, asked: SimulateConfig) -> SimulateConfig:
         ValueError: a setting differs that would make the result another one, or the run has more
             rounds than are asked for.
     """
-    if changed := _changed(saved, asked):
+    if changed := _changed(saved, asked, checked):
         raise ValueError(
             f"the run in {asked.out} was started otherwise: {changed}; leave out these flags, or "
             "the --preset or --config that they come from, or start a new run with another --out"
@@ -117,8 +124,8 @@ def continued(saved: SimulateConfig, asked: SimulateConfig) -> SimulateConfig:
             f"the run in {asked.out} has {done} rounds, and {asked.rounds} are asked for; ask for "
             "as many, or choose another --out"
         )
-    kept = {name: getattr(asked, name) for name in ("rounds", "out", "targets")}
-    return replace(saved, **kept, resume=True)
+    new = {name: getattr(asked, name) for name in (*_FREE_ON_RESUME, *checked)}
+    return replace(saved, **{**new, "resume": True})
 
 
 def why_taken(path: Path, asked: SimulateConfig) -> str:
@@ -137,10 +144,11 @@ def why_taken(path: Path, asked: SimulateConfig) -> str:
     return f"{asked.out} already holds a run; go on with it by --resume, or choose another --out"
 
 
-def _changed(saved: SimulateConfig, asked: SimulateConfig) -> str:
+def _changed(saved: SimulateConfig, asked: SimulateConfig, free: Collection[str] = ()) -> str:
     """List the settings that would make the result another one."""
     before, after = saved.to_json(), asked.to_json()
-    changed = [n for n in before if n not in _FREE_ON_RESUME and before[n] != after[n]]
+    free = (*_FREE_ON_RESUME, *free)
+    changed = [n for n in before if n not in free and before[n] != after[n]]
     return ", ".join(f"{flag(n)} {_short(after[n])} (was {_short(before[n])})" for n in changed)
 
 

@@ -18,7 +18,7 @@ from fslora.config import SimulateConfig
 from fslora.data.federated import fingerprints, sizes
 from fslora.engines import sequential
 from fslora.export import save_adapter
-from fslora.models import take_state
+from fslora.models import model_source, take_state
 from fslora.prepare import Run, examples_of, limits_of, make_client, make_clock, prepare
 from fslora.privacy import epsilon
 from fslora.protocol import ServerState
@@ -28,6 +28,8 @@ from fslora.summary import summarise
 
 # What an extended run would contradict.
 _OF_THE_END = ("summary.json", "report.html")
+# Settings whose files may lie elsewhere on resume, and what of a run's source is of them.
+_PARTS = {"data": "clients", "eval_data": "evaluation", "model": "model"}
 # What a new run would replace.
 _OF_A_RUN = ("rounds.jsonl", "checkpoint", "adapter", *_OF_THE_END)
 
@@ -66,12 +68,12 @@ def simulate(config: SimulateConfig, watcher: Watcher | None = None) -> dict[str
         DivergedError: the evaluation loss is no number any more; likewise.
     """
     watcher, folder = watcher or Watcher(), Path(config.out)
-    checked_folder(config)  # before a folder is made
+    checked_folder(config, content_checked=True)  # before a folder is made
     made, threads = not folder.exists(), torch.get_num_threads()
     with disk.locked(folder, checkpoint.newest_round):
         try:
             # Again: another process may have begun a run in it, or got further.
-            return _simulate(checked_folder(config), watcher)
+            return _simulate(checked_folder(config, content_checked=True), watcher)
         finally:
             torch.set_num_threads(threads)  # of --threads nothing is left to the caller
             with suppress(OSError):
@@ -129,8 +131,13 @@ def _simulate(config: SimulateConfig, watcher: Watcher) -> dict[str, Any]:
     return summary
 
 
-def checked_folder(config: SimulateConfig) -> SimulateConfig:
+def checked_folder(config: SimulateConfig, *, content_checked: bool = False) -> SimulateConfig:
     """Check that the run folder is free, or that the run in it can be continued as asked.
+
+    Args:
+        config: what is asked for.
+        content_checked: whether the caller compares the content of data and model, so that their
+            files may lie elsewhere than before.
 
     Returns:
         The config to go on with.
@@ -149,7 +156,8 @@ def checked_folder(config: SimulateConfig) -> SimulateConfig:
         if not settings.is_file():
             raise ValueError(f"{config.out} holds no run to resume; leave out --resume")
         saved = SimulateConfig(**merged(None, read_settings(settings), str(settings)))
-        return continued(saved, config)
+        known = checkpoint.source(folder) if content_checked else {}
+        return continued(saved, config, [name for name, part in _PARTS.items() if part in known])
     if settings.is_file():
         raise ValueError(why_taken(settings, config))
     return config
@@ -166,16 +174,23 @@ def _write_adapter(run: Run, state: ServerState) -> None:
 
 
 def _check_source(run: Run) -> None:
-    """Refuse to go on with other data; runs from before this was recorded go on unchecked."""
-    records = checkpoint.read_records(run.folder) if checkpoint.has_state(run.folder) else []
-    source = run.data.source
-    before = records[0].get("source", source) if records else source
-    changed = [part for part in source if before[part] != source[part]]
+    """Refuse to go on with other data or another model, wherever they lie.
+
+    Runs from before this was recorded go on unchecked.
+    """
+    before = checkpoint.source(run.folder)
+    now = _source(run) if before else {}
+    changed = [part for part in before if before[part] != now.get(part)]
     if changed:
         raise ValueError(
-            f"the run in {run.folder} was started with other data ({' and '.join(changed)}): put "
-            "the files of --data and --eval-data back, or start a new run with another --out"
+            f"the run in {run.folder} was started with other files ({' and '.join(changed)}): put "
+            "those of --data, --eval-data and --model back, or start a new run with another --out"
         )
+
+
+def _source(run: Run) -> dict[str, str]:
+    """Digests of what a run is made from: the rows of its clients and evaluation, the model."""
+    return run.data.source | model_source(run.config)
 
 
 def _first_state(run: Run, on_judging: Callable[[], None]) -> ServerState:
@@ -184,7 +199,7 @@ def _first_state(run: Run, on_judging: Callable[[], None]) -> ServerState:
     beginning = 0.0 if run.config.devices else None
     bare = RoundRecord(round=0, sim_seconds=beginning, sim_seconds_total=beginning)
     on_judging()
-    record = _evaluated(run, state, bare).to_json() | {"source": run.data.source}
+    record = _evaluated(run, state, bare).to_json() | {"source": _source(run)}
     _keep(run.folder, state, record)
     return state
 

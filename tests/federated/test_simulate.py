@@ -255,7 +255,7 @@ def test_a_run_does_not_go_on_with_other_data(settings, tmp_path):
     simulate(config)
     before = outcome(config.out)
     texts.write_text("".join(lines[:40] + lines[50:] + lines[40:50]).replace("author 2", "Ann"))
-    with pytest.raises(ValueError, match=r"other data \(clients and evaluation\): put the files"):
+    with pytest.raises(ValueError, match=r"files \(clients and evaluation\): put those"):
         simulate(replace(config, resume=True, rounds=3))
     assert outcome(config.out) == before
     assert json.loads((Path(config.out) / "config.json").read_text())["rounds"] == 2
@@ -263,6 +263,44 @@ def test_a_run_does_not_go_on_with_other_data(settings, tmp_path):
     old = records_file.read_text().replace('"source"', '"of an older version"')
     records_file.write_text(old)
     simulate(replace(config, resume=True, rounds=3))
+
+
+def test_a_run_goes_on_with_files_that_were_moved_and_with_no_others(settings, tmp_path):
+    config = SimulateConfig(**settings)
+    simulate(replace(config, out=str(tmp_path / "whole"), rounds=3))
+    simulate(config)
+    data = shutil.copy(settings["data"], tmp_path / "moved.jsonl")
+    model = shutil.copytree(settings["model"], tmp_path / "moved")
+    (model / ".of_a_file_manager").touch()
+    (model / "README.md").touch()
+    moved = replace(config, resume=True, rounds=3, data=str(data), model=str(model))
+    weights = model / "model.safetensors"
+    right = weights.read_bytes()
+    weights.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    for here in (moved, replace(moved, data=config.data)):
+        with pytest.raises(ValueError, match=r"other files \(model\): put those"):
+            simulate(here)
+    weights.write_bytes(right)
+    simulate(moved)
+    assert outcome(config.out)[1] == outcome(tmp_path / "whole")[1]
+    saved = json.loads((Path(config.out) / "config.json").read_text())
+    assert (saved["data"], saved["model"]) == (str(data), str(model))
+
+
+@pytest.mark.parametrize("name", ["data", "model"])
+def test_moved_files_whose_content_is_not_on_record_are_refused(settings, name):
+    config = SimulateConfig(**settings)
+    simulate(config)
+    file = Path(config.out) / checkpoint.RECORDS_FILE
+    part = {"data": '"clients": "', "model": '"model": "'}[name]
+    file.write_text(file.read_text().replace(part, '"of an older version": "'))
+    moved = replace(config, resume=True, rounds=3, **{name: "elsewhere"})
+    with pytest.raises(ValueError, match=f"was started otherwise: --{name} elsewhere"):
+        simulate(moved)
+    shutil.rmtree(Path(config.out) / "checkpoint")
+    file.unlink()
+    with pytest.raises(ValueError, match=f"was started otherwise: --{name} elsewhere"):
+        simulate(moved)
 
 
 def test_a_run_that_cannot_be_loaded_leaves_no_folder_of_its_own(settings):
