@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from fslora.config import SimulateConfig
+from fslora.data.tasks import Examples
 
 
 def check_config(config: SimulateConfig, base_config: Any, highest_id: int) -> None:  # noqa: ANN401
@@ -56,6 +58,22 @@ def check_token(config: SimulateConfig, highest_id: int, known: int) -> None:
             f"the tokenizer of {config.model} gives the token {highest_id}, and the model knows "
             f"those below {known}: after tokens are added call model.resize_token_embeddings("
             "len(tokenizer)) and save both, or pad with the end of text"
+        )
+
+
+def check_token_types(config: SimulateConfig, examples: Examples, base_config: Any) -> None:  # noqa: ANN401
+    """Refuse a tokenizer that tells the texts of a pair apart where the model does not.
+
+    Raises:
+        ValueError: it gives a type that the model has no embedding for.
+    """
+    known = getattr(base_config, "type_vocab_size", 0)  # with 0 a model reads none of them
+    highest = int(examples.tensors.get("token_type_ids", torch.tensor(0)).max())
+    if 0 < known <= highest:
+        raise ValueError(
+            f"the tokenizer of {config.model} gives the token type {highest}, and the model knows "
+            f'those below {known}: put "model_input_names": ["input_ids", "attention_mask"] into '
+            "its tokenizer_config.json, or take the model's own tokenizer"
         )
 
 

@@ -24,7 +24,7 @@ from fslora.data.lazy import NamedExamples
 from fslora.data.rows import read_rows
 from fslora.data.tasks import Examples, Task, pad_id, pooled
 from fslora.devices import Device, Fleet
-from fslora.fitness import check_token
+from fslora.fitness import check_token, check_token_types
 from fslora.guard import Guarded
 from fslora.models import load_model, load_tokenizer
 from fslora.privacy import private
@@ -152,6 +152,7 @@ def prepare(config: SimulateConfig) -> Run:
     )
     data = replace(data, evaluation=examples, evaluation_groups=groups)
     model = load_model(config, data.labels, pad_id(tokenizer), _highest_id(data.evaluation))
+    check_token_types(config, data.evaluation, model.config)
     known = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:  # else every token is known, and clients wait to be tokenised
         for own in data.clients:

@@ -1,5 +1,6 @@
 """Models that a run cannot be done with are refused; what is drawn at random ships."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    BertTokenizer,
     DistilBertConfig,
     DistilBertForMaskedLM,
     GPT2Config,
@@ -20,6 +22,7 @@ from transformers import (
     LlamaModel,
     RobertaConfig,
     RobertaForMaskedLM,
+    RobertaForSequenceClassification,
     T5Config,
 )
 
@@ -149,3 +152,20 @@ def test_a_token_that_only_a_client_has_is_refused_before_it_trains(settings, tm
     config = SimulateConfig(**{**settings, "model": str(model), "data": str(texts)})
     with pytest.raises(ValueError, match="gives the token 258, and the model knows those below"):
         prepare(config)
+
+
+def test_token_types_that_a_model_does_not_know_are_refused_with_what_to_do(settings, tmp_path):
+    sizes = {**SIZES, "pad_token_id": 1, "type_vocab_size": 1}
+    RobertaForSequenceClassification(RobertaConfig(**sizes)).save_pretrained(tmp_path)
+    words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "the", "cat", "sat"]
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+    tokenizer.save_pretrained(tmp_path)
+    pairs = {"text_column": "text,author", "model": str(tmp_path)}
+    config = SimulateConfig(**settings | CLASSES | pairs)
+    with pytest.raises(ValueError, match=r"token type 1, .* below 1: put \"model_input_names\""):
+        prepare(config)
+    file = tmp_path / "tokenizer_config.json"
+    named = {"model_input_names": ["input_ids", "attention_mask"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    run = prepare(config)
+    assert run.task.evaluate(run.model, run.data.evaluation, 2).count == 6
