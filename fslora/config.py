@@ -240,6 +240,7 @@ class SimulateConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, each by its flag."""
+        check_choices(self)
         for name in ("model", "out"):  # of --out=~/runs no shell makes a folder
             if (value := getattr(self, name)).startswith("~"):
                 object.__setattr__(self, name, expanduser(value))
@@ -249,7 +250,6 @@ class SimulateConfig:
             raise ValueError("name the data: --data texts.jsonl, or try --preset demo")
         if not self.out:
             raise ValueError("name a run folder: --out runs/last")
-        check_choices(self)
         self._check_numbers()
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora-dropout must be in [0, 1), got {self.lora_dropout}")

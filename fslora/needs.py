@@ -62,16 +62,30 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def type_of(hint: Any) -> Any:  # noqa: ANN401 - a type, whatever its kind
+    """The type of a setting's values: of a list of choices that of a name."""
+    return str if get_origin(hint) is Literal else hint
+
+
+def is_of(kind: type, value: object) -> bool:
+    """Whether a value is of a type: a whole number is a float too, and a bool is no number."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
 def check_choices(config: Any) -> None:  # noqa: ANN401 - any dataclass of settings
-    """Refuse what is not in a setting's list, which files and Python do not look at.
+    """Refuse what is not in a setting's list or of its type, which Python does not look at.
 
     Raises:
-        ValueError: with the choices.
+        ValueError: with the choices, or the type.
     """
     for name, hint in get_type_hints(type(config)).items():
-        value, choices = getattr(config, name), get_args(hint)
+        value, choices, kind = getattr(config, name), get_args(hint), type_of(hint)
         if get_origin(hint) is Literal and value not in choices:
             raise ValueError(f"{flag(name)} = {value!r}; choose {', '.join(choices)}")
+        if isinstance(kind, type) and not is_of(kind, value):
+            raise ValueError(f"{flag(name)} = {value!r} is not of type {kind.__name__}")
 
 
 def check_needs(config: SimulateConfig) -> None:

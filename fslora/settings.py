@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from fslora.config import LISTS, SimulateConfig
-from fslora.needs import flag
+from fslora.needs import flag, is_of, type_of
 
 # What may differ between a run and its continuation without changing a bit of what is learnt.
 _FREE_ON_RESUME = ("rounds", "out", "resume", "targets")
-_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
 
 
 def merged(config: SimulateConfig | None, values: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def merged(config: SimulateConfig | None, values: Mapping[str, Any], source: str
     Raises:
         ValueError: an unknown field or a value of the wrong type.
     """
-    types = {item.name: item.type for item in fields(SimulateConfig)}
+    types = {name: type_of(hint) for name, hint in get_type_hints(SimulateConfig).items()}
     result: dict[str, Any] = {} if config is None else asdict(config)
     for key, given in values.items():
         name = key.replace("-", "_")
@@ -44,11 +43,10 @@ def merged(config: SimulateConfig | None, values: Mapping[str, Any], source: str
         value: Any = ",".join(str(item) for item in given) if listed else given
         if name == "devices" and isinstance(given, list):
             value = json.dumps(given, default=str)  # TOML has dates
-        wanted = _TYPES.get(str(types[name]), (str,))
-        if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
-            raise ValueError(f"{source}: {key} = {value!r} is not of type {types[name]}")
+        if not is_of(types[name], value):
+            raise ValueError(f"{source}: {key} = {value!r} is not of type {types[name].__name__}")
         try:
-            result[name] = float(given) if float in wanted else value
+            result[name] = float(given) if types[name] is float else value
         except OverflowError:
             raise ValueError(f"{source}: {key} is more than a float can be") from None
     return result

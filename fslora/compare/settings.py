@@ -215,6 +215,10 @@ def read_comparison(path: Path) -> dict[str, Any]:
     """
     values = read_settings(path)
     own = values.pop("compare", {})
+    if not isinstance(own, dict):
+        raise ValueError(  # noqa: TRY004 - a malformed file, no caller's mistake
+            f"{path}: [compare] is a table of settings, not {own!r}; write them below it"
+        )
     types = {item.name: item.type for item in fields(CompareConfig) if item.name != "run"}
     given = merged(None, values, str(path))
     for name in ("strategy", "seed", "resume"):

@@ -333,6 +333,9 @@ def test_options_and_files(track, tmp_path):
     path.write_text('model = "m"\ndata = "d"\n[compare]\nseed = [1]\n')
     with pytest.raises(ValueError, match="has no 'seed'"):
         read_comparison(path)
+    path.write_text('model = "m"\ndata = "d"\ncompare = "fedit,fslora"\n')
+    with pytest.raises(ValueError, match=r"\[compare\] is a table of settings, not 'fedit,fslora'"):
+        read_comparison(path)
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 7, 10, 11, 14, 40])

@@ -1,6 +1,7 @@
 """Settings outside their list, and settings that do nothing, are refused."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,20 @@ def test_what_is_not_in_a_list_is_refused_with_the_list(given):
     (name,) = given
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} = '.*'; choose .*, "):
         replace(BASE, **given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"lr": "x"}, {"rank": 8.0}, {"clients": "4"}, {"header": "no"}, {"seed": True}),
+        *({"ratios": [0.5, 1]}, {"model": Path("m")}, {"out": None}, {"robust_clip": True}),
+    ],
+)
+def test_what_is_not_of_a_setting_s_type_is_refused_with_its_name(given):
+    (name,) = given
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} = .* is not of type "):
+        replace(BASE, **given)
+    replace(BASE, lr=1)
 
 
 def test_a_plan_s_goal_is_checked_too():
