@@ -29,7 +29,7 @@ from fslora.summary import summarise
 # What an extended run would contradict.
 _OF_THE_END = ("summary.json", "report.html")
 # Settings whose files may lie elsewhere on resume, and what of a run's source is of them.
-_PARTS = {"data": "clients", "eval_data": "evaluation", "model": "model"}
+LOCATED = {"data": "clients", "eval_data": "evaluation", "model": "model"}
 # What a new run would replace.
 _OF_A_RUN = ("rounds.jsonl", "checkpoint", "adapter", *_OF_THE_END)
 
@@ -157,7 +157,7 @@ def checked_folder(config: SimulateConfig, *, content_checked: bool = False) -> 
             raise ValueError(f"{config.out} holds no run to resume; leave out --resume")
         saved = SimulateConfig(**merged(None, read_settings(settings), str(settings)))
         known = checkpoint.source(folder) if content_checked else {}
-        return continued(saved, config, [name for name, part in _PARTS.items() if part in known])
+        return continued(saved, config, [name for name, part in LOCATED.items() if part in known])
     if settings.is_file():
         raise ValueError(why_taken(settings, config))
     return config

@@ -15,8 +15,8 @@ from fslora import checkpoint
 from fslora.config import SimulateConfig
 from fslora.errors import StoppedRunError, is_for_the_user
 from fslora.report.records import read_object
-from fslora.settings import continued, merged, read_settings
-from fslora.simulate import Watcher, simulate
+from fslora.settings import merged, read_settings
+from fslora.simulate import LOCATED, Watcher, checked_folder, simulate
 
 _POLL_SECONDS = 0.5
 
@@ -64,11 +64,13 @@ def finished(config: SimulateConfig) -> bool:
         return False
     settings = folder / "config.json"
     saved = SimulateConfig(**merged(None, read_settings(settings), str(settings)))
-    continued(saved, config)
+    asked = checked_folder(config, content_checked=True)
     done = checkpoint.rounds_done(folder)
     summary = folder / "summary.json"
-    # A run that is being extended has the summary of its earlier end.
-    ended = done == config.rounds == saved.rounds and summary.is_file()
+    # A run that is being extended has the summary of its earlier end; what lies elsewhere than it
+    # did is compared when the run goes on.
+    same = all(getattr(saved, name) == getattr(asked, name) for name in ("rounds", *LOCATED))
+    ended = same and done == config.rounds and summary.is_file()
     return ended and "split" in read_object(summary)
 
 
