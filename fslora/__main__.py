@@ -30,7 +30,7 @@ commands:
   compare    several strategies and seeds side by side, on identical splits and budgets
   plan       choose each device class's sketch ratio for the least time, bytes or energy
   probe      measure this machine and write it down as a device to plan for
-  report     write the report of a run folder again, finished or not
+  report     write the report of a run, finished or not, or of a comparison again
   doctor     say which kernels can run on this machine, and why not
   tune       measure the best tiles for this machine's GPU and keep them
   bench      time layers, kernels, models and rounds; needs the repository
@@ -201,12 +201,16 @@ def _path(text: str) -> Path:
 
 def _report(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="fslora report", description="Write the report of a run, finished or not, again."
+        prog="fslora report",
+        description="Write the report of a run, finished or not, or of a comparison, again.",
     )
-    parser.add_argument("folder", type=Path, help="what fslora simulate --out wrote")
+    parser.add_argument("folder", type=_path, help="--out of fslora simulate or fslora compare")
     chosen = parser.parse_args(arguments)
     from fslora.report import write_report
 
+    if (chosen.folder / "compare.json").is_file():
+        _report_comparison(chosen.folder)
+        return
     sys.stdout.write(f"report: {write_report(chosen.folder)}\n")
 
 
@@ -221,9 +225,11 @@ def _join(folders: Sequence[str], flags: Sequence[str]) -> None:
 
 
 def _report_comparison(folder: Path) -> None:
-    from fslora.report.comparison import write_comparison
+    from fslora.console import print_table
+    from fslora.report.comparison import summary_table, write_comparison
 
     report = write_comparison(folder)
+    print_table(summary_table(folder), _console())
     sys.stdout.write(f"tables: {report.with_name('compare.md')}\nreport: {report}\n")
 
 

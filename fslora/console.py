@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from fslora.config import SimulateConfig
-from fslora.report import format_bytes
+from fslora.report import comparison_tables, format_bytes
 from fslora.report.units import format_seconds
 from fslora.server import ClientRecord, RoundRecord
 from fslora.simulate import Watcher
@@ -153,6 +154,17 @@ def closing_table(summary: dict[str, Any], console: Console) -> None:
         console.print(f"privacy: ε = {summary['epsilon']:.3g} of each client, δ = {delta:g}")
     for row in summary["targets"]:
         console.print(_target_line(row))
+
+
+def print_table(found: comparison_tables.Table, console: Console) -> None:
+    """Print a table of a comparison, and the sentence on how to read it."""
+    table = Table(title=found.title, title_justify="left")
+    for head in found.heads:
+        table.add_column(head, justify="left" if head == "method" else "right", overflow="fold")
+    for row in found.rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+    console.print(found.note, markup=False)
 
 
 def _target_line(row: dict[str, Any]) -> str:

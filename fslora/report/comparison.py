@@ -18,12 +18,23 @@ from fslora.report.comparison_tables import (
     search_table,
     target_tables,
     value_of,
+    without_empty,
 )
 from fslora.report.page import document, figures, table
 from fslora.report.records import Record, read_object
 from fslora.report.units import counted, short_name
 
 Pictures = dict[str, bytes]
+
+
+def summary_table(folder: Path) -> Table:
+    """Where each method ended: of one data set, or of several their figures side by side.
+
+    Args:
+        folder: holds a `compare.json`.
+    """
+    datasets = read_object(folder / "compare.json")["datasets"]
+    return without_empty(final_table(datasets[0]) if len(datasets) == 1 else paper_table(datasets))
 
 
 def write_comparison(folder: Path) -> Path:
@@ -167,12 +178,6 @@ def _closed_tables(data: Record) -> list[Table]:
 def _html(found: Table, *, head: bool = True) -> str:
     title = f"<h2>{escape(found.title)}</h2>\n" if head else ""
     note = f"<p>{escape(found.note)}</p>\n" if found.note else ""
-    # A column that says nothing of any method only costs room.
-    known = [
-        at
-        for at in range(len(found.heads))
-        if not found.rows or any(row[at] not in ("–", "") for row in found.rows)
-    ]
-    rows = [[row[at] for at in known] for row in found.rows]
-    inner = table([found.heads[at] for at in known], rows, "figures")
+    shown = without_empty(found)
+    inner = table(shown.heads, shown.rows, "figures")
     return f'{title}{note}<div class="wide">{inner}</div>'

@@ -17,6 +17,17 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
+def without_empty(found: Table) -> Table:
+    """Leave out columns that say nothing of any method and only cost room."""
+    told = [
+        at
+        for at in range(len(found.heads))
+        if not found.rows or any(row[at] not in (ABSENT, "") for row in found.rows)
+    ]
+    heads, *rows = [[row[at] for at in told] for row in (found.heads, *found.rows)]
+    return found._replace(heads=heads, rows=rows)
+
+
 def paper_table(datasets: list[Record]) -> Table:
     """Method, cost, the figure of each data set as mean ± standard deviation, and the average."""
     labels = dict.fromkeys(each["label"] for data in datasets for each in data["strategies"])

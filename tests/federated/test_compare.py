@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -127,6 +128,19 @@ def test_other_settings_in_the_same_folder_are_refused(track):
         compare(replace(first, run=replace(first.run, rounds=1)), QUIET)
     with pytest.raises(ValueError, match="holds a run of its own"):
         CompareConfig(replace(first.run, out=str(Path(first.run.out) / "runs/fslora/seed-0")))
+
+
+def test_a_comparison_goes_on_with_files_that_were_moved_and_with_no_others(track, tmp_path):
+    first = replace(track, strategies="fslora", seeds="0")
+    found = compare(first, QUIET)["datasets"][0]["strategies"]
+    data = shutil.copy(first.run.data, tmp_path / "moved.jsonl")
+    moved = replace(first, run=replace(first.run, data=str(data)))
+    for _ in range(2):
+        assert compare(moved, QUIET)["datasets"][0]["strategies"] == found
+    Path(data).write_text(Path(data).read_text().replace("author 2", "Ann"))
+    other = Path(data).rename(tmp_path / "other.jsonl")
+    with pytest.raises(ValueError, match="was started with other files"):
+        compare(replace(first, run=replace(first.run, data=str(other))), QUIET)
 
 
 def test_another_process_tells_the_user_as_this_one_does(track, monkeypatch):
@@ -375,13 +389,19 @@ def test_the_command_line_leaves_tables_and_a_page_and_joins_data_sets(track, ca
     other = folder.with_name("other")
     disk.write_json(other / "compare.json", {"datasets": [{**data, "name": "second"}]})
     joined = folder.with_name("joined")
+    assert "After the last round" in capsys.readouterr().out
     assert main(["compare", "--join", f"{folder},{other}", "--out", str(joined)]) == 0
+    assert "All methods" in capsys.readouterr().out
     text = (joined / "compare.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("|fedit|"))
     mean = data["strategies"][1]["final"]["loss"]["mean"]
     assert line.split("|")[-2] == f"{mean:.3f}", "the average over two equal data sets"
     assert main(["compare", "--join", f"{folder},{folder}", "--out", str(joined)]) == 2
     assert "--name of its own" in capsys.readouterr().err
+    page = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").read_bytes() == page
 
 
 def test_help_teaches_and_imports_nothing_heavy():
