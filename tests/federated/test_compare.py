@@ -220,7 +220,9 @@ def test_a_search_can_be_extended_with_the_comparison(track):
 
 
 def test_with_eval_data_one_search_serves_all_seeds(track, texts):
-    track = replace(track, search="lr=1e-3;server_lr=1,2", run=replace(track.run, eval_data=texts))
+    track = replace(
+        track, search="lr=1e-3;server_lr=1,2", run=replace(track.run, eval_data=str(texts))
+    )
     assert [track.search_seed(seed) for seed in (0, 1)] == [0, 0]
     assert list(track.trials) == [{"lr": 1e-3, "server_lr": 1.0}, {"lr": 1e-3, "server_lr": 2.0}]
 
