@@ -1,12 +1,13 @@
 """The planner's costs of a client's round: predicted, counted at each ratio, and measured.
 
 Predicted is what ``fslora plan`` goes by: straight lines through two counted rounds. Against it
-stand operations and bytes counted at each ratio; the peak of resident memory of a fresh process
-that trains, over what it held before it loaded the model (everything imported and warm by a tiny
-model of the same kind); and CPU seconds of its rounds, predicted from the operations.
+stand operations and bytes counted at each ratio; the peak of resident memory of fresh processes
+that train, over what each held before it loaded the model (everything imported and warm by a tiny
+model of the same kind); and CPU seconds of their rounds, predicted from the operations.
 
-Two figures are a machine's own and are measured in one more process at S/R = 1/4, as ``fslora
-probe`` does: operations a second, and the bytes that the allocator keeps beyond what is alive.
+Two figures are a machine's own and are measured in as many processes more at S/R = 1/4, as
+``fslora probe`` does: operations a second, and the bytes that the allocator keeps beyond what is
+alive. The allocator does not do the same twice: all are medians over the processes.
 ``--give-back`` has the processes give memory back to the system as soon as it is freed
 (MALLOC_MMAP_THRESHOLD_, which glibc otherwise raises as it goes).
 """
@@ -27,6 +28,7 @@ from time import process_time
 
 from transformers import AutoConfig, AutoTokenizer, BertForSequenceClassification, LlamaForCausalLM
 
+from benchmarks.flags import at_least
 from benchmarks.timing import append_record, provenance
 from benchmarks.workload import LLAMA_768, llama_768, shared_model
 from fslora.client import LocalTrainer, download_bytes, upload_bytes
@@ -41,6 +43,7 @@ from fslora.protocol import ClientTask
 
 SIZES = (1, 2, 4, 8, 16)
 _PROBED = 4
+_ROUNDS = 8  # as many as the probe trains: the peak grows from step to step for a while
 _TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 
 
@@ -51,8 +54,10 @@ class CostRow:
     Attributes:
         model: name.
         size: S of R = 16.
-        memory: bytes, base model included: predicted, peak of the process over its baseline.
-        kept: of the predicted bytes those that the allocator keeps.
+        memory: bytes, base model included: predicted, the median of ``peaks``.
+        peaks: of each process over its baseline.
+        kept: what the allocator keeps, in each process that was probed; the predicted bytes have
+            their median.
         flops: of a round: predicted, counted.
         down_bytes: predicted, of the real task.
         up_bytes: predicted, of the real task.
@@ -62,7 +67,8 @@ class CostRow:
     model: str
     size: int
     memory: tuple[float, float]
-    kept: float
+    peaks: tuple[float, ...]
+    kept: tuple[float, ...]
     flops: tuple[float, float]
     down_bytes: tuple[float, float]
     up_bytes: tuple[float, float]
@@ -88,7 +94,7 @@ def child(settings: str, size: int) -> dict[str, float]:
     """In a fresh process: train at one size; its peak over its baseline, and its CPU seconds."""
     trainer, task, baseline = warm(settings, size)
     seconds = []
-    for _ in range(6):
+    for _ in range(_ROUNDS):
         start = process_time()
         trainer(task)
         seconds.append(process_time() - start)
@@ -119,8 +125,8 @@ def warm(settings: str, size: int) -> tuple[LocalTrainer, ClientTask, int]:
     return *task_at(prepare(config), size), baseline
 
 
-def measure(config: SimulateConfig, name: str, *, give_back: bool) -> list[CostRow]:
-    """Predict, count and measure one model at every size."""
+def measure(config: SimulateConfig, name: str, *, processes: int, give_back: bool) -> list[CostRow]:
+    """Predict, count and measure one model at every size, each in so many fresh processes."""
     run = prepare(config)
     costs = count_costs(run)
     extra = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)} if give_back else {}
@@ -136,24 +142,32 @@ def measure(config: SimulateConfig, name: str, *, give_back: bool) -> list[CostR
         found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
         return found
 
-    machine = fresh(_PROBED, "--probe")
+    def several(size: int, *flags: str) -> dict[str, tuple[float, ...]]:
+        found = [fresh(size, *flags) for _ in range(processes)]
+        return {key: tuple(one[key] for one in found) for key in found[0]}
+
+    machine = several(_PROBED, "--probe")
     rows = []
     for size in SIZES:
-        found = fresh(size)
+        found = several(size)
         trainer, task = task_at(run, size)
         counted = config.local_steps * step_counter(trainer, run.data.evaluation)(task)
         rows.append(
             CostRow(
                 model=name,
                 size=size,
-                memory=(costs.memory_bytes(size) + machine["kept"], found["memory"]),
+                memory=(
+                    costs.memory_bytes(size) + median(machine["kept"]),
+                    median(found["memory"]),
+                ),
+                peaks=found["memory"],
                 kept=machine["kept"],
                 flops=(costs.flops(size), counted),
                 down_bytes=(costs.down_bytes(size), sum(download_bytes(task))),
                 up_bytes=(costs.up_bytes(size), sum(upload_bytes(task))),
                 seconds=(
-                    costs.flops(size) / costs.flops(_PROBED) * machine["seconds"],
-                    found["seconds"],
+                    costs.flops(size) / costs.flops(_PROBED) * median(machine["seconds"]),
+                    median(found["seconds"]),
                 ),
             )
         )
@@ -175,7 +189,7 @@ def workloads(folder: Path) -> dict[str, SimulateConfig]:
         data=str(texts),
         clients=2,
         per_round=2,
-        local_steps=2,
+        local_steps=4,
         batch_size=8,
         max_length=128,
         threads=1,
@@ -221,13 +235,16 @@ def _save_tiny(folder: Path, kind: type, **heads: int) -> None:
 def table(rows: Sequence[CostRow]) -> str:
     """Lay rows out, each figure with what it was predicted to be over what was found."""
     lines = [
-        f"{'model':<10} {'S':>3}{'memory MB':>12}{'pred/meas':>10}{'Gflop':>9}{'pred/count':>11}"
+        f"{'model':<10} {'S':>3}{'memory MB':>12}{'pred/meas':>10}{'of each':>16}{'Gflop':>9}"
+        f"{'pred/count':>11}"
         f"{'bytes':>12}{'CPU s':>9}{'pred/meas':>10}"
     ]
     for row in rows:
         lines.append(
             f"{row.model:<10} {row.size:>3}{row.memory[1] / 1e6:>12.1f}"
-            f"{row.memory[0] / row.memory[1]:>10.3f}{row.flops[1] / 1e9:>9.2f}"
+            f"{row.memory[0] / row.memory[1]:>10.3f}"
+            f"{f'{row.memory[0] / max(row.peaks):.3f}–{row.memory[0] / min(row.peaks):.3f}':>16}"
+            f"{row.flops[1] / 1e9:>9.2f}"
             f"{row.flops[0] / row.flops[1]:>11.5f}{'exact' if row.exact else 'WRONG':>12}"
             f"{row.seconds[1]:>9.3f}{row.seconds[0] / row.seconds[1]:>10.3f}"
         )
@@ -239,6 +256,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks plan", description=__doc__)
     parser.add_argument("--out", type=Path, help="append the rows to this JSONL file")
     parser.add_argument("--models", help=f"of {LLAMA_768},MiniLM; default: all that are at hand")
+    parser.add_argument(
+        "--processes", type=at_least(1), default=3, help="fresh ones at each size; as many probe"
+    )
     parser.add_argument("--give-back", action="store_true", help="freed memory to the system")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
@@ -251,7 +271,7 @@ def main(arguments: Sequence[str]) -> int:
         rows = [
             row
             for name, config in chosen_of(workloads(Path(folder)), chosen.models).items()
-            for row in measure(config, name, give_back=chosen.give_back)
+            for row in measure(config, name, processes=chosen.processes, give_back=chosen.give_back)
         ]
     print(table(rows))
     if chosen.out:

@@ -28,7 +28,7 @@ def test_a_model_that_is_not_there_is_refused(module, monkeypatch):
 
 
 def row(bytes_up):
-    return plan.CostRow("m", 4, (1, 1), 0, (1, 1), (5, 5), (6, bytes_up), (1, 1))
+    return plan.CostRow("m", 4, (1, 1), (1,), (0,), (1, 1), (5, 5), (6, bytes_up), (1, 1))
 
 
 @pytest.mark.parametrize("bytes_up", [6, 7])
