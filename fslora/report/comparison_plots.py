@@ -70,17 +70,20 @@ def draw_curves(data: Record, against: str) -> "Figure | None":
     figure = empty_figure(3.4 + _LEGEND_ROW * -(-rows // columns))
     axes = figure.subplots()
     logarithmic = against != "round" and max(paid) > _LOG_FROM * min(paid)
-    lines, bars = [], []
+    lines, bars, drawn = [], [], []
     for place, (name, curve) in enumerate(curves.items()):
         style: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)]}
         style["label"] = labels[name]
         if not _cost(curve[-1], against):
             if _cost(curve[-1], against) is None:
                 continue
+            drawn += curve[-1:]
             height = _scaled(curve[-1]["value"]["mean"], data)
             lines.append(axes.axhline(height, linestyle=(0, (1, 2)), **style))
             continue
+        # A logarithmic axis has no place for what nothing was paid for.
         points = [point for point in curve if _cost(point, against) or not logarithmic]
+        drawn += points
         x = [(_cost(point, against) or 0) / size for point in points]
         style["linestyle"] = DASHES[place // len(COLOURS) % len(DASHES)]
         lines += _curve(axes, x, points, data, style)
@@ -104,7 +107,7 @@ def draw_curves(data: Record, against: str) -> "Figure | None":
         axes.xaxis.set_major_locator(whole_numbers())
     axes.set_xlabel(label)
     axes.set_ylabel(figure_name(data))
-    axes.set_ylim(*_limits(curves, data))
+    axes.set_ylim(*_limits(drawn, [curve[-1] for curve in curves.values()], data))
     figure.legend(
         handles=lines,
         loc="outside lower left",
@@ -163,10 +166,10 @@ def _bars(figure: "Figure", axes: "Axes", ends: list[tuple[float, Record, str]])
         )
 
 
-def _limits(curves: dict[str, list[Record]], data: Record) -> tuple[float, float]:
-    """Room for all means, and for the intervals at the end."""
-    keys = [(point, "mean") for curve in curves.values() for point in curve]
-    keys += [(curve[-1], end) for curve in curves.values() for end in ("low", "high")]
+def _limits(drawn: list[Record], ends: list[Record], data: Record) -> tuple[float, float]:
+    """Room for the means that are drawn, and for the intervals at the ends."""
+    keys = [(point, "mean") for point in drawn]
+    keys += [(point, end) for point in ends for end in ("low", "high")]
     values = [point["value"][key] for point, key in keys if point["value"][key] is not None]
     heights = [_scaled(value, data) for value in values]
     room = 0.05 * (max(heights) - min(heights)) or 0.5

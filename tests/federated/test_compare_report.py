@@ -162,6 +162,14 @@ def test_curves_have_their_means_their_ends_and_a_plain_axis(data):
     assert "pays nothing" in caption(data, "bytes.png")
 
 
+def test_heights_have_room_for_what_is_drawn_only():
+    cheap, dear = strategy("cheap", [3.0], 1000), strategy("dear", [4.0], 30_000)
+    with house_style():
+        low, high = draw_curves(dataset(cheap, dear), "bytes").axes[0].get_ylim()
+        _, whole = draw_curves(dataset(cheap, dear), "round").axes[0].get_ylim()
+    assert low < 3.0 < 4.75 < high < 5.0 < whole, "round 0, at 5, is not on the logarithmic axis"
+
+
 def test_many_lines_have_bars_instead_of_bands():
     many = dataset(*(strategy(f"s{n}", [3.0 + n, 3.1 + n], 1000) for n in range(8)))
     assert not has_bands(many)
