@@ -12,7 +12,11 @@ from torch import Tensor
 
 def autocasts(tensor: Tensor) -> bool:
     """Whether autocast is on for a tensor's device; the meta device knows none."""
-    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+    return (
+        torch._C._is_any_autocast_enabled()
+        and not tensor.is_meta
+        and torch.is_autocast_enabled(tensor.device.type)
+    )
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,6 +43,21 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return backward(ctx, *gradients)
 
     return checked
+
+
+def rows(x: Tensor) -> Tensor:
+    """Return ``[..., F]`` as ``[T, F]``."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def shaped_like(x: Tensor, fresh_TF: Tensor) -> Tensor:
+    """Return ``[T, F]``, just computed and used nowhere else, with the leading dimensions of x.
+
+    To autograd it is no view, so that its users may write over it, as FSDP2 asks for.
+    """
+    if x.ndim == 2:
+        return fresh_TF
+    return torch.ops.aten._unsafe_view.default(fresh_TF, (*x.shape[:-1], fresh_TF.shape[1]))
 
 
 def without_values(dy_TE: Tensor, features: int) -> Tensor:

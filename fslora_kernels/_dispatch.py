@@ -2,17 +2,15 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 IMPLEMENTATIONS = ("torch", "triton")
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """What was chosen and why.
 
     Attributes:
@@ -69,37 +67,6 @@ def check_implementation(requested: str | None) -> None:
         )
 
 
-def select(requested: str | None, refusals: Mapping[str, str | None]) -> Choice:
-    """Choose an implementation.
-
-    Args:
-        requested: an implementation's name, or None or ``"auto"`` to choose the first that can.
-        refusals: implementation to the reason why it cannot run here (None: it can), best first.
-
-    Returns:
-        The choice; with an explicit request it is that one or nothing.
-
-    Raises:
-        ValueError: unknown name.
-        NotImplementedError: the requested implementation (or, on "auto", every one) refuses.
-    """
-    check_implementation(requested)
-    if requested is not None and requested != "auto":
-        reason = refusals[requested]
-        if reason is not None:
-            raise NotImplementedError(
-                f"implementation {requested!r} cannot run here: {reason}; "
-                "use implementation='auto' to let the library choose"
-            )
-        return Choice(requested, "requested")
-    passed_over: list[str] = []
-    for name, reason in refusals.items():
-        if reason is None:
-            return Choice(name, "; ".join(passed_over) or "the fastest that can run here")
-        passed_over.append(f"not {name}: {reason}")
-    raise NotImplementedError("no implementation can run here: " + "; ".join(passed_over))
-
-
 @cache
 def load(module: str) -> Any:  # noqa: ANN401
     """Import a backend on its first use, by the name of its module."""
@@ -112,17 +79,33 @@ def choose(
     device: str,
     requested: str | None,
 ) -> Choice:
-    """Choose the backend for a call: see ``select``.
+    """Choose the backend for a call.
 
     Args:
         backends: implementation to its module, best first; each has ``refuses(arguments)``.
         arguments: of the call.
         device: torch's device type.
-        requested: as ``select`` takes it; a backend that nobody asked for is not looked at.
+        requested: an implementation's name, or None or ``"auto"`` to choose the first that can.
+
+    Returns:
+        The choice; with an explicit request it is that one or nothing.
+
+    Raises:
+        ValueError: unknown name.
+        NotImplementedError: the requested implementation (or, on "auto", every one) refuses.
     """
-    refusals = {
-        name: unavailable(name, device) or load(module).refuses(arguments)
-        for name, module in backends.items()
-        if requested in (None, "auto", name)
-    }
-    return select(requested, refusals)
+    check_implementation(requested)
+    auto = requested is None or requested == "auto"
+    passed_over: list[str] = []
+    for name in backends if auto else (requested,):
+        reason = unavailable(name, device) or load(backends[name]).refuses(arguments)
+        if reason is None:
+            passed = "; ".join(passed_over) or "the fastest that can run here"
+            return Choice(name, passed if auto else "requested")
+        if not auto:
+            raise NotImplementedError(
+                f"implementation {name!r} cannot run here: {reason}; "
+                "use implementation='auto' to let the library choose"
+            )
+        passed_over.append(f"not {name}: {reason}")
+    raise NotImplementedError("no implementation can run here: " + "; ".join(passed_over))

@@ -193,10 +193,11 @@ def adapters_reason(layer: Any) -> str | None:  # noqa: ANN401
 
 def _dropout_reason(dropout: nn.Module) -> str | None:
     """Say why a dropout module is more than a probability, or None."""
-    if type(dropout) not in (nn.Dropout, nn.Identity):
+    if type(dropout) is nn.Dropout:
+        if dropout.training and dropout.p >= 1:
+            return "drops everything"
+    elif type(dropout) is not nn.Identity:
         return f"is a {type(dropout).__name__}"
-    if dropout.training and getattr(dropout, "p", 0.0) >= 1:
-        return "drops everything"
     return _altered(dropout)
 
 

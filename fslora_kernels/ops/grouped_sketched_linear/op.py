@@ -76,7 +76,7 @@ def backend(name: str) -> Backend:
 
 
 def choose(arguments: Arguments, requested: str | None) -> _dispatch.Choice:
-    """Choose the backend for a call: see ``_dispatch.select``."""
+    """Choose the backend for a call: see ``_dispatch.choose``."""
     return _dispatch.choose(BACKENDS, arguments, arguments.x.device.type, requested)
 
 

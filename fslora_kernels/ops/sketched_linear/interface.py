@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
-from fslora_kernels._autograd import autocasts
+from fslora_kernels._autograd import autocasts, rows, shaped_like
 from fslora_kernels.ops.sketched_linear.op import Arguments, compute
 from fslora_kernels.ops.sketched_linear.traced import traceable
 from fslora_kernels.weights import check_devices, check_index, check_index_kind
@@ -107,6 +107,11 @@ def unchecked(
     The arguments are those of ``op.Arguments``: B is rank-major ``[rank, out_features]``.
     """
     x = in_compute_dtype(x)
+    if widens(x, lora_a, lora_b):
+        delta = unchecked(
+            x.float(), None, lora_a, lora_b, index, None, gain, dropout, seed, implementation
+        )
+        return plus_base(delta, x, weight, bias)
     traced = is_traced(x)
     if not dropout:
         seed = 0
@@ -114,15 +119,10 @@ def unchecked(
         seed = None  # no mask is drawn
     elif seed is None and not traced:
         seed = _drawn_seed(x)
-    x_TD = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    run = traceable if traced else compute
-    if widens(x, lora_a, lora_b):
-        delta = Arguments(x_TD.float(), None, lora_a, lora_b, index, None, gain, dropout, seed)
-        y_TE = plus_base(run(delta, implementation), x_TD, weight, bias)
-    else:
-        arguments = Arguments(x_TD, weight, lora_a, lora_b, index, bias, gain, dropout, seed)
-        y_TE = run(arguments, implementation)
-    return y_TE if x.ndim == 2 else y_TE.view(*x.shape[:-1], y_TE.shape[1])
+    arguments = Arguments(rows(x), weight, lora_a, lora_b, index, bias, gain, dropout, seed)
+    if traced:
+        return shaped_like(x, traceable(arguments, implementation))
+    return compute(x, arguments, implementation)
 
 
 def _drawn_seed(x: Tensor) -> int:
