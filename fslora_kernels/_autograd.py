@@ -50,14 +50,22 @@ def rows(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
-def shaped_like(x: Tensor, fresh_TF: Tensor) -> Tensor:
-    """Return ``[T, F]``, just computed and used nowhere else, with the leading dimensions of x.
+def unrows(y_TF: Tensor, x: Tensor) -> Tensor:
+    """Return ``[T, F]`` with the leading dimensions of x."""
+    return y_TF if x.ndim == 2 else y_TF.view(*x.shape[:-1], y_TF.shape[1])
 
-    To autograd it is no view, so that its users may write over it, as FSDP2 asks for.
+
+def fresh_unrows(y_TF: Tensor, x: Tensor) -> Tensor:
+    """Return ``[T, F]``, just computed and contiguous, with the leading dimensions of x: no view.
+
+    Nobody may write over a view that an autograd function returns, and FSDP2 warns of any.
     """
     if x.ndim == 2:
-        return fresh_TF
-    return torch.ops.aten._unsafe_view.default(fresh_TF, (*x.shape[:-1], fresh_TF.shape[1]))
+        return y_TF
+    shape = (*x.shape[:-1], y_TF.shape[1])
+    if type(y_TF) is Tensor:
+        return y_TF.resize_(shape)
+    return torch.ops.aten._unsafe_view.default(y_TF, shape)  # type: ignore[no-any-return]
 
 
 def without_values(dy_TE: Tensor, features: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Which implementation runs: an explicit request is obeyed or refused with reasons."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -95,14 +95,14 @@ def choose(
         NotImplementedError: the requested implementation (or, on "auto", every one) refuses.
     """
     check_implementation(requested)
-    auto = requested is None or requested == "auto"
+    names: Iterable[str] = backends if requested is None or requested == "auto" else (requested,)
+    otherwise = "the fastest that can run here" if names is backends else "requested"
     passed_over: list[str] = []
-    for name in backends if auto else (requested,):
+    for name in names:
         reason = unavailable(name, device) or load(backends[name]).refuses(arguments)
         if reason is None:
-            passed = "; ".join(passed_over) or "the fastest that can run here"
-            return Choice(name, passed if auto else "requested")
-        if not auto:
+            return Choice(name, "; ".join(passed_over) or otherwise)
+        if name == requested:
             raise NotImplementedError(
                 f"implementation {name!r} cannot run here: {reason}; "
                 "use implementation='auto' to let the library choose"

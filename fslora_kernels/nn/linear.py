@@ -26,13 +26,13 @@ class Restriction:
     Attributes:
         index: view mode: int64 ``[S]`` into the layer's own factors, on their device.
         leaves: compact mode: a client's own factors, used whole.
-        scale: of the leaves' delta, relative to the layer's own scaling: one number, or one for
-            each rank ``[S]``; None is rank / S.
+        scale: of the delta, relative to the layer's own scaling: one number, rank / S for a sketch,
+            or one for each rank ``[S]``.
     """
 
     index: Tensor | None = None
     leaves: LoRAWeights | None = None
-    scale: float | Tensor | None = None
+    scale: float | Tensor = 1.0
 
 
 UNRESTRICTED = Restriction()
@@ -210,18 +210,15 @@ def _add_adapter(
 ) -> Tensor:
     """Return base(x) plus this adapter's delta, or y plus it where y is given."""
     restriction = layer.restrictions.get(name, UNRESTRICTED)
-    scale, index = layer.scaling[name], restriction.index
-    rank = layer.lora_A[name].weight.shape[0]  # hotswap leaves PEFT's layer.r as it was
+    scale, index = layer.scaling[name] * restriction.scale, restriction.index
     if restriction.leaves is not None:
         lora_a, lora_b = restriction.leaves
-        relative = restriction.scale
-        scale = scale * (rank / lora_a.shape[0] if relative is None else relative)
     else:
         lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight.t()
         if index is not None:
-            scale = scale * (rank / index.shape[0])
             index = index.to(x.device)  # nn.DataParallel's replicas share one restriction
-    check_devices(x.device, "the layer's input", adapter=lora_a)
+    if lora_a.device != x.device:
+        check_devices(x.device, "the layer's input", adapter=lora_a)
     bias = layer.lora_B[name].bias * layer.scaling[name] if layer.lora_bias[name] else None
     weight = None
     if y is None:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fslora_kernels.nn.fuse import FusedLayers, fuse, fused_layers
+from fslora_kernels.nn.fuse import FusedLayers, FuseReport, fuse, fused_layers
 from fslora_kernels.nn.linear import Restriction, beside
 from fslora_kernels.sampling import draw_indices, sketch_size
 from fslora_kernels.weights import Adapters, LoRAWeights, check_devices, check_index, check_whole
@@ -127,7 +128,8 @@ def sketch(
     _unrestrict(layers, adapter_name)
     for layer, adapter, index in restrictions:
         if index is not None:
-            layer.restrictions[adapter] = Restriction(index=index)
+            scale = _rank(layer, adapter) / len(index)
+            layer.restrictions[adapter] = Restriction(index=index, scale=scale)
 
 
 def extract(
@@ -198,8 +200,10 @@ def bind(
         _check_scales(scale, adapters)
     _unrestrict(layers, adapter_name)
     for name, layer, adapter in named:
+        leaves = adapters[name]
         own = scale[name] if isinstance(scale, Mapping) else scale
-        layer.restrictions[adapter] = Restriction(leaves=adapters[name], scale=own)
+        relative = _rank(layer, adapter) / leaves.rank if own is None else own
+        layer.restrictions[adapter] = Restriction(leaves=leaves, scale=relative)
 
 
 def _check_scales(scales: Mapping[str, Tensor], adapters: Adapters) -> None:
@@ -299,6 +303,14 @@ def needs_all_ranks(config: PeftConfig) -> str | None:
     )
 
 
+def _fused(model: nn.Module, implementation: str | None) -> FuseReport:
+    """Fuse a model of which at least one layer has to be fused."""
+    report = fuse(model, implementation)
+    if not report.fused:
+        raise ValueError(f"no LoRA layer of this model can be fused, so none can sketch: {report}")
+    return report
+
+
 def get_sketched_peft_model(
     model: nn.Module,
     peft_config: LoraConfig,
@@ -328,6 +340,10 @@ def get_sketched_peft_model(
     Raises:
         ValueError: the ratio is not in (0, 1], the config is of another method than LoRA or starts
             from an adapter that a sketch would break, or no LoRA layer can be fused.
+        NotImplementedError: the implementation cannot run where the model is.
+
+    A model that is refused is left unwrapped, and trains what it trained before; one that already
+    had adapters keeps the new one too.
 
     Source: arXiv 2501.19389.
     """
@@ -338,10 +354,20 @@ def get_sketched_peft_model(
         )
     if ratio < 1.0 and (reason := needs_all_ranks(peft_config)) is not None:
         raise ValueError(f"{reason}; leave init_lora_weights at True, or train with ratio=1.0")
+    adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     wrapped = get_peft_model(model, peft_config, adapter_name, **arguments)
-    report = fuse(wrapped, implementation)
-    if not report.fused:
-        raise ValueError(f"no LoRA layer of this model can be fused, so none can sketch: {report}")
+    try:
+        report = _fused(wrapped, implementation)
+    except (ValueError, NotImplementedError):
+        if not adapted:
+            del model.peft_config
+            for module, own in children:
+                module._modules.update(own)
+            for parameter, trains in trained:
+                parameter.requires_grad_(trains)
+        raise
     if report.left:
         warnings.warn(str(report), stacklevel=2)
     if ratio < 1.0:

@@ -72,6 +72,30 @@ def test_bad_calls_are_named(settings, arguments, message):
         fslora_kernels.get_sketched_peft_model(base(), config(**settings), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("settings", "arguments", "error"),
+    [
+        ({"use_dora": True, "modules_to_save": ["1"], "bias": "all"}, {}, ValueError),
+        ({}, {"implementation": "triton"}, NotImplementedError),
+    ],
+    ids=["nothing to fuse", "implementation"],
+)
+def test_a_refused_model_is_left_as_it_was(settings, arguments, error, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model = base()
+    model[0].bias.requires_grad_(False)
+    modules, want = dict(model.named_modules()), model(torch.ones(1, 6))
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with pytest.raises(error):
+        fslora_kernels.get_sketched_peft_model(
+            model, config(target_modules=["0"], **settings), **arguments
+        )
+    assert dict(model.named_modules()) == modules
+    assert trains == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert torch.equal(model(torch.ones(1, 6)), want)
+    fslora_kernels.get_sketched_peft_model(model, config())  # PEFT does not warn of a second time
+
+
 def test_another_method_than_lora_is_named():
     with pytest.raises(ValueError, match="a LoHaConfig has no ranks"):
         fslora_kernels.get_sketched_peft_model(base(), LoHaConfig(target_modules=["0"]))

@@ -142,6 +142,19 @@ def test_leading_dimensions_are_kept():
     assert torch.equal(sketched_linear(**arguments), flat.reshape(5, 1, 6))
 
 
+def test_an_output_may_be_written_over(monkeypatch):
+    """It is no view of what an autograd function returns, which torch and FSDP2 would not have."""
+    monkeypatch.setattr(backend_torch, "SMALL_LAYER", 0)
+    arguments = small()
+    x = arguments.pop("x").reshape(5, 1, 7).requires_grad_()
+    y = sketched_linear(x, **arguments)
+    assert y._base is None
+    y += y.detach()
+    (found,) = torch.autograd.grad(y.sum(), x)
+    (wanted,) = torch.autograd.grad(reference(x, **arguments).sum(), x)
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_computes_in_its_dtype(dtype):
     case = next(case for case in CASES if case.name == "odd_everything")

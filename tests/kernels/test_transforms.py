@@ -53,6 +53,20 @@ def test_torch_func_transforms(of):
     torch.testing.assert_close(transform(loss)(factors, x), transform(wanted)(factors, x))
 
 
+@pytest.mark.parametrize("lead", [(6,), (2, 3), (1, 2, 3)])
+def test_several_gradients_at_once(lead):
+    """The backward pass alone runs under ``torch.vmap``."""
+    arguments = inputs(CASE, torch.float64)
+    arguments["x"] = arguments["x"].view(*lead, 10)
+    leaves = [arguments[name].requires_grad_() for name in ("x", "lora_a", "lora_b")]
+    dy = torch.randn(3, *lead, 8, dtype=torch.float64)
+    found, wanted = (
+        torch.autograd.grad(function(**arguments), leaves, dy, is_grads_batched=True)
+        for function in (sketched_linear, reference)
+    )
+    torch.testing.assert_close(found, wanted)
+
+
 def test_dropout_inside_a_transform_is_torchs_own():
     loss, factors, x = losses(sketched_linear, dropout=0.5)
     gradient = torch.func.grad(loss)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
-from fslora_kernels._autograd import autocasts, rows, shaped_like
+from fslora_kernels._autograd import autocasts, rows, unrows
 from fslora_kernels.ops.sketched_linear.op import Arguments, compute
 from fslora_kernels.ops.sketched_linear.traced import traceable
 from fslora_kernels.weights import check_devices, check_index, check_index_kind
@@ -121,7 +121,7 @@ def unchecked(
         seed = _drawn_seed(x)
     arguments = Arguments(rows(x), weight, lora_a, lora_b, index, bias, gain, dropout, seed)
     if traced:
-        return shaped_like(x, traceable(arguments, implementation))
+        return unrows(traceable(arguments, implementation), x)
     return compute(x, arguments, implementation)
 
 

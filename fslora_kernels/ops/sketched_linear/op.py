@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fslora_kernels import _dispatch
-from fslora_kernels._autograd import first_order, rows, shaped_like, without_values
+from fslora_kernels._autograd import first_order, fresh_unrows, rows, unrows, without_values
 from fslora_kernels.ops.sketched_linear import backend_torch
 
 
-class Arguments(NamedTuple):
+@dataclass(slots=True)  # frozen, it would take five times as long to make, twice a step
+class Arguments:
     """One call, checked: what a backend gets.
 
     Attributes:
@@ -60,7 +61,7 @@ class Backend(Protocol):
     def forward(self, arguments: Arguments) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return y ``[T, E]``, and what the backward pass wants to keep beside the arguments.
 
-        First among it is h, which only the gradient of B needs.
+        y is contiguous. First among what is kept is h, which only the gradient of B needs.
         """
 
     def backward(
@@ -106,10 +107,15 @@ def compute(x: Tensor, arguments: Arguments, requested: str | None) -> Tensor:
     """
     implementation = choose(arguments, requested).implementation
     if implementation == "torch" and backend_torch.differentiates_itself(arguments):
-        return shaped_like(x, backend_torch.differentiable(arguments))
-    _, weight, lora_a, lora_b, _, bias, *_ = arguments
+        return unrows(backend_torch.differentiable(arguments), x)
     y: Tensor = SketchedLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, lora_a, lora_b, bias, arguments, implementation
+        x,
+        arguments.weight,
+        arguments.lora_a,
+        arguments.lora_b,
+        arguments.bias,
+        arguments,
+        implementation,
     )
     return y
 
@@ -127,8 +133,8 @@ def padded_ranks(ranks: int) -> int:
 class SketchedLinear(torch.autograd.Function):
     """First-order gradients for x, A, B, and for the base weight and bias where they train.
 
-    Autograd sees the tensors that it may differentiate, x with all its dimensions: so it needs
-    nothing of its own around it, which costs a small layer a tenth of its time.
+    Autograd is given x with all its dimensions: views of its own before and after this would cost
+    a small layer a tenth of its time.
     """
 
     @staticmethod
@@ -142,21 +148,21 @@ class SketchedLinear(torch.autograd.Function):
         arguments: Arguments,
         implementation: str,
     ) -> Tensor:
-        x_TD, _, _, _, index, _, gain, dropout, seed = arguments
+        gain, dropout, seed = arguments.gain, arguments.dropout, arguments.seed
         y_TE, kept = backend(implementation).forward(arguments)
         _, needs_weight, needs_a, needs_b, *_ = ctx.needs_input_grad
         gain_tensor = gain if isinstance(gain, Tensor) else None
         # A checkpoint computes what is saved again, perhaps from another seed: it goes with h.
         # To a generator 2⁶⁴ − s is −s, which an int64 can hold.
         seed_tensor = torch.tensor(_signed(seed or 0), device="cpu") if dropout else None
-        x_saved = x_TD if needs_a or needs_weight else None
+        x_saved = arguments.x if needs_a or needs_weight else None
         h, *others = kept
         ctx.save_for_backward(
             x_saved,
             weight,
             lora_a,
             lora_b,
-            index,
+            arguments.index,
             gain_tensor,
             seed_tensor,
             h if needs_b else None,
@@ -165,7 +171,7 @@ class SketchedLinear(torch.autograd.Function):
         ctx.gain = None if gain_tensor is not None else gain
         ctx.dropout, ctx.implementation = dropout, implementation
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return shaped_like(x, y_TE)
+        return fresh_unrows(y_TE, x)
 
     @staticmethod
     @first_order
@@ -181,10 +187,9 @@ class SketchedLinear(torch.autograd.Function):
         dx, da, db = backend(ctx.implementation).backward(
             arguments, tuple(kept), dy_TE, (needs_x, needs_a, needs_b)
         )
-        dx = None if dx is None else shaped_like(dy, dx)
         dweight = torch.mm(dy_TE.t(), x_TD).to(weight.dtype) if needs_weight else None
         dbias = dy_TE.sum(0).to(ctx.bias_dtype) if needs_bias else None
-        return dx, dweight, da, db, dbias, None, None
+        return (None if dx is None else unrows(dx, dy)), dweight, da, db, dbias, None, None
 
 
 @dataclass(frozen=True, slots=True)
