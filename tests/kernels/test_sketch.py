@@ -1,6 +1,7 @@
 """What a sketch and bound leaves do to a fused layer, and what they leave alone."""
 
 import copy
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -187,8 +188,8 @@ def test_a_replica_moves_the_sketch_that_it_shares():
     index, x = torch.tensor([1, 2]), torch.ones(1, 6)
     fslora_kernels.sketch(model, {name: index})
     want = model(x)
-    elsewhere = Mock(shape=index.shape)
+    restrictions, elsewhere = model.get_submodule(name).restrictions, Mock()
     elsewhere.to.return_value = index
-    model.get_submodule(name).restrictions["default"] = Restriction(elsewhere)
+    restrictions["default"] = replace(restrictions["default"], index=elsewhere)
     assert torch.equal(model(x), want)
     elsewhere.to.assert_called_once_with(x.device)
