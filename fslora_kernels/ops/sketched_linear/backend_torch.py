@@ -48,11 +48,11 @@ def _select(arguments: Arguments) -> tuple[Tensor, Tensor]:
     if index is not None:
         a, b = a.index_select(0, index), b.index_select(0, index)
     dtype = arguments.x.dtype
-    return cast(a, dtype), cast(b, dtype)
+    return _cast(a, dtype), _cast(b, dtype)
 
 
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in a dtype; to ask it first costs a tenth of a call that does nothing."""
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in a dtype; asking first costs a tenth of a ``to`` that changes nothing."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -108,8 +108,8 @@ def _outputs(arguments: Arguments, h_TS: Tensor, b_SE: Tensor) -> Tensor:
     """Return the delta plus the base product and the bias: ``[T, E]``."""
     x_TD, weight, bias = arguments.x, arguments.weight, arguments.bias
     dtype = x_TD.dtype
-    base = None if weight is None else (x_TD, cast(weight, dtype).t())
-    return _sum((h_TS, b_SE), base, None if bias is None else cast(bias, dtype))
+    base = None if weight is None else (x_TD, _cast(weight, dtype).t())
+    return _sum((h_TS, b_SE), base, None if bias is None else _cast(bias, dtype))
 
 
 def differentiates_itself(arguments: Arguments) -> bool:
@@ -166,7 +166,7 @@ def backward(
         da = widen(torch.mm(dh_TS.t(), dropped_TD), index, arguments.lora_a)
     if needs_x:
         weight = arguments.weight
-        base = None if weight is None else (dy_TE, cast(weight, x_TD.dtype))
+        base = None if weight is None else (dy_TE, _cast(weight, x_TD.dtype))
         if mask_TD is None:
             dx = _sum((dh_TS, a_SD), base)
         else:
@@ -177,7 +177,7 @@ def backward(
 
 def widen(rows: Tensor, index: Tensor | None, like: Tensor) -> Tensor:
     """Put the rows of the selected ranks into a zero matrix, or keep them if all are there."""
-    rows = cast(rows, like.dtype)
+    rows = _cast(rows, like.dtype)
     if index is None:
         return rows
     return rows.new_zeros(like.shape).index_copy_(0, index, rows)
