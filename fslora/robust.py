@@ -63,12 +63,12 @@ def apply(
     """Return a round's updates as a rule leaves them; the arguments are not changed.
 
     Args:
-        rule: which, and how.
+        rule: which, and how; not "none".
         tasks: of the round; their sketches say which rows an update is of.
         updates: accepted updates.
     """
-    if rule.name == "none" or not updates:
-        return list(updates)
+    if not updates:
+        return []
     norms = [update_norm(update) for update in updates]
     bound = rule.clip or median(norms)
     updates = [clipped(each, size, bound) for each, size in zip(updates, norms, strict=True)]

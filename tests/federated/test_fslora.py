@@ -12,6 +12,7 @@ from fslora.client import _batches, payload_bytes
 from fslora.engines import sequential
 from fslora.protocol import LocalRule
 from fslora.server import run_round
+from fslora.sketch import draw_sketches
 from fslora_kernels.sampling import sketch_size
 from fslora_kernels.seeds import fold_in
 
@@ -88,6 +89,14 @@ def test_the_small_module_equals_the_masked_global_adapter(folder, rule):
             assert update.delta[name].lora_a.abs().sum() > 0
             if rule is not ADAMW:  # AdamW's epsilon moves rows whose gradient is zero by nothing
                 assert delta_a[outside(sketch)].eq(0).all()
+
+
+def test_the_first_round_draws_by_the_key_of_round_one(folder):
+    _, strategy, state, _ = world(folder, RATIOS)
+    for task, ratio in zip(strategy.assign(state, CLIENTS), RATIOS, strict=True):
+        key, size = fold_in(state.key, 1, task.client_id), sketch_size(RANK, ratio)
+        for name, sketch in draw_sketches(key, list(state.adapters), RANK, size).items():
+            assert torch.equal(task.sketches[name].rows, sketch.rows)
 
 
 @pytest.mark.parametrize("server", ["fedavg", "fedadam"])

@@ -154,6 +154,8 @@ def test_what_does_not_go_together_is_refused_and_what_is_longer_warns():
     with pytest.warns(UserWarning, match=r"3\.06 times as far") as found:
         fslora(TEN, SGD, averaging="count", per_round=10)
     assert len(found) == 1
+    with pytest.warns(UserWarning, match=" moves a rank 1 times as far"):
+        fslora(TEN, SGD, averaging="count", per_round=1)
 
 
 def test_settings_refuse_what_cannot_be_before_anything_is_loaded():

@@ -14,7 +14,7 @@ from fslora.lowrank import participation_rank
 from fslora.protocol import LoRAWeights, ServerState
 from fslora.simulate import simulate
 
-from .worlds import assert_same_bits, dense, pair
+from .worlds import assert_same_bits, dense, pair, tensors_of
 
 LR = 0.1
 
@@ -93,6 +93,7 @@ def test_the_optimizers_differ_and_fedavg_keeps_nothing():
             state = stepped(state, change, name, LR)
         found[name] = float(state.adapters["layer"].lora_a.sum())
         assert bool(state.optimizer) == (name != "fedavg")
+        assert all(tensor.grad is None for tensor in tensors_of(state).values()), "as much again"
     assert len(set(found.values())) == 5
 
 

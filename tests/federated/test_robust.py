@@ -97,6 +97,12 @@ def test_clients_of_different_depth_count_where_they_train(rule):
     strategy.aggregate(state, tasks, after)
 
 
+@pytest.mark.parametrize("rule", ["clip", "median", "trimmed"])
+def test_a_round_of_which_nothing_was_accepted_stays_empty(rule):
+    _, _, tasks, _ = answers()
+    assert apply(Rule(rule), tasks, []) == []
+
+
 def test_no_rule_is_the_strategy_itself():
     strategy, *_ = answers()
     assert defended(strategy, Rule()) is strategy

@@ -123,6 +123,7 @@ def test_cost_counts_every_element_once():
         ({"size": 0}, "size must be at least 1"),
         ({"denominator": 0}, "positive"),
         ({"denominator": float("nan")}, "positive"),
+        ({"denominator": float("inf")}, "positive"),
         ({"denominator": torch.ones(2)}, r"a number or a tensor \[3\]"),
         ({"rows": torch.zeros(2, 4, requires_grad=True)}, r"rows.detach\(\)"),
         ({"denominator": torch.ones(3, requires_grad=True)}, r"denominator.detach\(\)"),
