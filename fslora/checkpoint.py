@@ -213,7 +213,7 @@ def _stacked(clients: _Clients) -> tuple[dict[str, Tensor], dict[str, list[str]]
 
 def _unstacked(tensors: dict[str, Tensor], ids: dict[str, list[str]]) -> _Clients:
     clients: _Clients = {client_id: {} for own in ids.values() for client_id in own}
-    for entry, stacked in sorted(tensors.items()):
+    for entry, stacked in tensors.items():
         number, name = entry.split("/", 1)
         for client_id, tensor in zip(ids[number], stacked, strict=True):
             clients[client_id][name] = tensor

@@ -108,6 +108,16 @@ def test_a_sketch_of_one_adapter_leaves_the_other_alone(two):
         torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
 
 
+def test_ranks_are_those_of_the_layers_that_have_the_adapter(base):
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["0"]))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["1"]))
+    fslora_kernels.fuse(model)
+    one, other = fslora_kernels.modules(model)
+    assert fslora_kernels.ranks(model, adapter_name="second") == {other: 2}
+    model.base_model.set_adapter(["default", "second"])
+    assert fslora_kernels.ranks(model) == {one: 4, other: 2}
+
+
 @pytest.mark.parametrize("act", ["sketch", "bind", "clear"])
 def test_what_is_set_on_one_adapter_leaves_what_is_set_on_another(two, act):
     model, _ = two

@@ -133,6 +133,16 @@ def test_a_sketch_is_never_ignored():
         model(torch.ones(1, 6))
 
 
+def test_a_sketched_model_without_its_adapter_is_its_base():
+    """As a trainer with a reference model runs it."""
+    base = nn.Linear(6, 4)
+    model = tiny(base)
+    name = next(iter(fslora_kernels.fuse(model).fused))
+    fslora_kernels.sketch(model, {name: torch.tensor([1])})
+    with model.disable_adapter():
+        assert torch.equal(model(torch.ones(1, 6)), base(torch.ones(1, 6)))
+
+
 def test_leaves_may_have_a_scale_of_their_own():
     model = tiny(nn.Linear(6, 4))
     name = next(iter(fslora_kernels.fuse(model).fused))
