@@ -143,6 +143,29 @@ def test_claims_hold_both_to_the_rivals_own_score(tmp_path):
     assert claims_table(data).rows[0][-1] == "no: the rival only guesses"
 
 
+def test_a_claim_over_seeds_has_intervals_and_leaves_failed_runs_out(tmp_path):
+    ours = [history(tmp_path / f"a{seed}", [0.5, 0.7], 10, 1) for seed in range(2)]
+    rival = [
+        history(tmp_path / f"c{seed}", [0.5, 0.6, 0.7], 20 * (seed + 1), 4 / (seed + 1))
+        for seed in range(2)
+    ]
+    strategies = [
+        {
+            "label": label,
+            "runs": [
+                *({"seed": s, "folder": f, "failed": None} for s, f in enumerate(folders)),
+                {"seed": 2, "folder": str(tmp_path / "nothing"), "failed": "it was lost"},
+            ],
+        }
+        for label, folders in {"fslora": ours, "hetlora": rival}.items()
+    ]
+    data = {"name": "toy", "figure": "metric", "metric_name": "mcc", "strategies": strategies}
+    # 20 bytes against 80 and 160, a second against 8 and 4: √(1/32) each; its interval is e^±4.40.
+    assert claims_table(data).rows == [
+        ["hetlora", "fslora", "2 of 2", "82% [-1345%, 100%]", "5.66 [0.07, 462.43]", "more than it"]
+    ]
+
+
 def test_a_claim_against_a_rival_that_guesses_in_some_seeds_says_so():
     assert _qualified("yes", 0, 3) == "yes"
     assert _qualified("yes", 1, 3) == "yes, but the rival only guesses in 1 of 3 seeds"

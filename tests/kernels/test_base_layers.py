@@ -108,6 +108,9 @@ def test_a_layer_with_a_forward_of_its_own_is_left_and_named():
     report = fslora_kernels.fuse(model)
     assert not report.fused
     assert "a forward of its own" in str(report)
+    hooked(model)
+    assert not fslora_kernels.fuse(model).fused, "nor with accelerate's hooks around it"
+    remove_hook_from_module(layer)
     del layer.forward
     fslora_kernels.fuse(model)
     layer.forward = torch.compile(layer.forward, backend="eager")
