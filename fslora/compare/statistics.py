@@ -15,7 +15,7 @@ _T = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26
 def t_quantile(freedom: int) -> float:
     """The two-sided 95% quantile of Student's t.
 
-    Source: Abramowitz and Stegun 26.7.5 beyond ten degrees of freedom, right to 1e-4.
+    Source: Abramowitz and Stegun 26.7.5 beyond ten degrees of freedom, right to 1.2e-4.
 
     Raises:
         ValueError: no degree of freedom.

@@ -176,6 +176,8 @@ def test_the_norm_is_of_modules_and_heads_together_in_any_order():
     huge = replace(update, extras={"head.weight": torch.full((2, 3), 1e154, dtype=torch.float64)})
     huge.delta[NAME] = LoRAWeights(*(torch.full_like(t, 1e154) for t in huge.delta[NAME]))
     assert update_norm(huge) == float("inf")
+    single = replace(update, delta={}, extras={"head.weight": torch.tensor([4096.0, 1.0])})
+    assert update_norm(single) == (2**24 + 1) ** 0.5, "the squares of float32 are not float32"
 
 
 def test_bits_are_those_of_the_tasks_order_and_the_arguments_are_left_alone():

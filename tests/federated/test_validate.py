@@ -62,6 +62,13 @@ def test_examples_are_those_that_the_server_knows_of_or_bounded():
     assert "can have 1000000000" in rejection(task, replace(update, num_examples=10**9 + 1))
 
 
+def test_heads_are_those_that_were_given():
+    task, update = pair_of()
+    for heads in ({}, {**update.extras, "another": torch.ones(1)}):
+        reason = rejection(task, replace(update, extras=heads))
+        assert reason == "its modules are not those that it was given"
+
+
 def test_tensors_of_another_kind_are_refused():
     task, update = pair_of()
     for other in (torch.ones(2, 3).to_sparse(), torch.ones(2, 3, device="meta")):
