@@ -9,6 +9,7 @@ from safetensors.torch import save
 
 import fslora_kernels
 from fslora.client import _batches, payload_bytes
+from fslora.data.tasks import Examples
 from fslora.engines import sequential
 from fslora.protocol import LocalRule
 from fslora.server import run_round
@@ -71,6 +72,29 @@ def masked_global_training(folder, state, task):
             torch.nn.utils.clip_grad_norm_(parameters, rule.clip_norm)
         optimizer.step()
     return {name: (a.detach(), b.detach()) for name, (a, b) in leaves.items()}
+
+
+def test_batches_have_every_example_once_before_any_twice():
+    ids = torch.arange(7)[:, None]
+    data = Examples({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+    batches = [batch["labels"] for batch in itertools.islice(_batches(data, 3, key=5), 14)]
+    assert {len(batch) for batch in batches} == {3}
+    passes = torch.cat(batches).view(6, 7)
+    assert passes.sort(dim=1).values.eq(ids.t()).all()
+    assert len(passes.unique(dim=0)) == 6, "in a new order each time"
+    for batch in itertools.islice(_batches(data, 9, key=5), 3):
+        assert batch["labels"].sort(dim=0).values.equal(ids), "all that there are"
+
+
+def test_every_module_is_in_training_mode(folder):
+    """``from_pretrained`` leaves all in eval mode, and PEFT's wrapper around it is not."""
+    model, strategy, state, client = world(folder, RATIOS)
+    assert model.training
+    assert not model.base_model.model.training
+    for task in strategy.assign(state, CLIENTS[:2]):
+        client(task)
+        assert all(module.training for module in model.modules())
+        model.eval()
 
 
 @pytest.mark.parametrize("rule", [SGD, MOMENTUM, ADAMW], ids=["sgd", "momentum_clip", "adamw"])
