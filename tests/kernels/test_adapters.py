@@ -164,6 +164,8 @@ def test_an_adapter_added_as_dora_is_peft_s_own(two):
     torch.testing.assert_close(model(X), vanilla(X))
     modes = fslora_kernels.fuse(model).fused.values()
     assert set(modes) == {"vanilla: an active adapter is a LoRA variant"}
+    with pytest.raises(ValueError, match="no plain LoRA adapter 'dora'"):
+        fslora_kernels.extract(model, dict.fromkeys(fslora_kernels.modules(model)))
     for each in two:
         each.set_adapter("default")
     torch.testing.assert_close(model(X), vanilla(X))

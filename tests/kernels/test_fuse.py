@@ -276,6 +276,13 @@ def test_two_active_adapters_add_up():
     compare_with_vanilla(model, mode="delta-first")
 
 
+def test_calling_it_again_changes_the_implementation():
+    model = tiny(nn.Linear(6, 4))
+    for asked in (None, "torch"):
+        assert fslora_kernels.fuse(model, asked).implementation == (asked or "auto")
+        assert model.base_model.model[0].implementation == asked
+
+
 def test_merge_and_disable_give_vanilla_results():
     model = tiny(nn.Linear(6, 4))
     fslora_kernels.fuse(model)
