@@ -11,6 +11,7 @@ from torch import nn
 
 import fslora_kernels
 from fslora_kernels.nn.linear import Restriction
+from fslora_kernels.sampling import draw_indices, draw_uniform
 
 
 def tiny(base, **config):
@@ -53,6 +54,15 @@ def test_leaves_that_are_extracted_in_inference_mode_serve_training():
     fslora_kernels.bind(model, leaves)
     model(torch.ones(1, 6)).sum().backward()
     assert all(leaf.grad.any() for leaf in leaves[name])
+
+
+def test_modules_of_different_ranks_have_index_sets_of_their_own():
+    ranks = {"a": 8, "b": 4, "c": 8, "d": 1}
+    drawn = draw_indices(5, ranks, 0.5)
+    assert list(drawn) == list(ranks)
+    assert drawn.pop("d") is None
+    for name, index in drawn.items():
+        assert torch.equal(index, draw_uniform(5, [name], ranks[name], ranks[name] // 2)[0])
 
 
 def test_a_sketch_keeps_its_own_index_set():

@@ -155,6 +155,14 @@ def test_an_output_may_be_written_over(monkeypatch):
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("name", ["lora_a", "lora_b"])
+def test_one_factor_alone_may_be_of_another_dtype(name):
+    arguments = small()
+    arguments[name] = arguments[name].float()
+    wanted = sketched_linear(**{**arguments, name: arguments[name].double()})
+    assert torch.equal(sketched_linear(**arguments), wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_computes_in_its_dtype(dtype):
     case = next(case for case in CASES if case.name == "odd_everything")
