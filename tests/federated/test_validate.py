@@ -76,16 +76,18 @@ def test_tensors_of_another_kind_are_refused():
         assert "is not a plain tensor" in rejection(task, bent)
 
 
-def test_a_late_or_second_answer_counts_for_nothing():
+@pytest.mark.parametrize("step", [1, -1], ids=["in order", "the last first"])
+def test_a_late_or_second_or_strange_answer_counts_for_nothing(step):
     strategy, state = small_state()
     state, _ = run_round(state, strategy, sequential, honest, CLIENTS)
     old = small_state()[0].assign(small_state()[1], CLIENTS)
 
     def engine(client, tasks):
-        """Each client's answer, then a replay of the first round's and a second, other answer."""
-        for task, before in zip(tasks, old, strict=True):
+        """Each client's answer, then somebody's, a replay of the first round's and a second one."""
+        for task, before in list(zip(tasks, old, strict=True))[::step]:
             update = client(task)
             yield update
+            yield replace(update, client_id="somebody")
             yield replace(honest(before), nonce=update.nonce)
             yield replace(update, extras={n: t * 100 for n, t in update.extras.items()})
 
