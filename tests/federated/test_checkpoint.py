@@ -46,6 +46,9 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
     checkpoint.save_state(tmp_path, state())
     assert equal(checkpoint.load_state(tmp_path), state())
     assert os.listdir(tmp_path / "checkpoint") == ["state.safetensors"], "nothing partial is left"
+    strided = replace(state(), extras={"head.weight": torch.arange(6.0).view(3, 2).t()})
+    checkpoint.save_state(tmp_path, strided)
+    assert equal(checkpoint.load_state(tmp_path), strided)
 
 
 def test_residuals_and_what_is_known_of_clients_come_back(tmp_path):

@@ -382,6 +382,7 @@ def test_intervals_and_verdicts():
     assert (found["mean"], found["std"]) == (2.0, 1.0)
     assert found["high"] - 2 == pytest.approx(4.30265 / math.sqrt(3))
     assert verdict(difference([5.0, 6.1, 7.0], [1.0, 2.0, 3.0]), 0) == "higher"
+    assert verdict(difference([1.0, 2.0, 3.0], [5.0, 6.1, 7.0]), 0) == "lower"
     assert verdict(difference([1.0, 9.0], [2.0, 3.0]), 0) == "undecided"
     assert verdict(difference([1.0], [2.0]), 0) == "undecided", "one seed decides nothing"
     half = ratio([1.0, 2.0, 4.0], [2.0, 4.1, 8.0])

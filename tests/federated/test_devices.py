@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fslora import checkpoint
-from fslora.client import LocalTrainer, download_bytes, upload_bytes
+from fslora.client import LocalTrainer, download_bytes, head_bytes, upload_bytes
 from fslora.clock import Clock, Plan, lognormal, step_counter, uniform
 from fslora.config import SimulateConfig, Target
 from fslora.devices import Device
@@ -79,6 +79,10 @@ def test_seconds_by_hand():
     assert made.times(half).up_seconds == 8 * (40 + 16) / 32, "only what travels is charged"
     private = made.times(task("a", private=True))
     assert private.seconds == private.compute_seconds == 2.0, "nothing travels"
+    assert (head_bytes(task("a")), head_bytes(task("a", private=True))) == (16, 0)
+    hasty = replace(made, deadline=1.0)
+    assert "a" in hasty.plan([task("a")]).unused
+    assert not hasty.plan([task("a", private=True)]).unused, "nobody waits for what stays"
     assert made.plan([]).seconds == 0.0
 
 
