@@ -167,6 +167,12 @@ def test_hetlora_prunes_a_client_whose_tail_shrank(tiny_llama, shrinks):
     for name, own in again.adapters.items():
         assert own.rank == (3 if shrinks else 4)
         assert new.adapters[name].lora_a[3].eq(0).all() == shrinks
+    never = hetlora(dict.fromkeys(CLIENTS, 0.5), SGD, decay=0.75, penalty=0.0)
+    new = never.aggregate(state, never.assign(state, ["one"]), [update])
+    (again,) = never.assign(new, ["one"])
+    assert {own.rank for own in again.adapters.values()} == {4}, "λ = 0 prunes nobody"
+    with pytest.raises(ValueError, match="decay must be in"):
+        hetlora({}, SGD, decay=1.0)
 
 
 def test_the_penalty_is_added_to_the_gradient(tiny_llama):
