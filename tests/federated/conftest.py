@@ -11,6 +11,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fslora.compare.settings import CompareConfig
+from fslora.config import SimulateConfig
+
 SENTENCE = (
     "the cat sat on the mat and the dog ran after a red ball while rain fell on the roof "
     "of an old house near the quiet river where boats wait for morning"
@@ -116,3 +119,13 @@ def settings(tiny_llama, texts, tmp_path):
         "eval_examples": 6,
         "out": str(tmp_path / "run"),
     }
+
+
+@pytest.fixture
+def track(settings, tmp_path):
+    """A comparison of a few seconds; threads=1 as compare has it."""
+    threads = torch.get_num_threads()
+    settings = {**settings, "out": str(tmp_path / "compare"), "targets": "loss:5.5,loss:0.1"}
+    settings |= {"partition": "iid", "per_round": 2, "clients": 3, "eval_examples": 4}
+    yield CompareConfig(SimulateConfig(**settings), strategies="fslora,fedit", seeds="0,1")
+    torch.set_num_threads(threads)

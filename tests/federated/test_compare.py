@@ -1,7 +1,6 @@
 """Comparisons: fair, resumable, searched without test rows, and summed up by the seed."""
 
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -13,45 +12,22 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
-import torch
 from rich.console import Console
-from scipy.special import stdtrit
 
 from fslora import checkpoint, disk
 from fslora.__main__ import main
 from fslora.compare import runs as compare_runs
 from fslora.compare.command import compare, join
-from fslora.compare.search import search
 from fslora.compare.settings import CompareConfig, read_comparison, read_entry
-from fslora.compare.statistics import difference, ratio, spread, t_quantile, verdict
 from fslora.compare.table import check_splits
-from fslora.config import SimulateConfig
 from fslora.data.federated import fingerprints
 from fslora.errors import StoppedRunError, is_for_the_user
 from fslora.prepare import prepare
 from fslora.server import NoUsableUpdateError
 from fslora.simulate import Watcher, simulate
+from tests.federated.folders import tree
 
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture
-def track(settings, tmp_path):
-    """A comparison of a few seconds; threads=1 as compare has it."""
-    threads = torch.get_num_threads()
-    settings = {**settings, "out": str(tmp_path / "compare"), "targets": "loss:5.5,loss:0.1"}
-    settings |= {"partition": "iid", "per_round": 2, "clients": 3, "eval_examples": 4}
-    yield CompareConfig(SimulateConfig(**settings), strategies="fslora,fedit", seeds="0,1")
-    torch.set_num_threads(threads)
-
-
-def tree(folder):
-    """Every file of the runs, with its content and time of writing."""
-    return {
-        path: (path.stat().st_mtime_ns, path.read_bytes())
-        for path in sorted(Path(folder).rglob("*"))
-        if path.is_file() and {"runs", "search"} & set(path.relative_to(folder).parts)
-    }
 
 
 def test_runs_are_those_of_simulate_on_equal_splits_and_are_not_run_again(track, tmp_path):
@@ -189,86 +165,6 @@ def test_different_data_under_one_seed_is_refused(track):
         check_splits(paths)
 
 
-def test_the_search_is_equal_never_sees_test_rows_and_is_used(track):
-    track = replace(track, search="lr=1e-6,3e-2", search_rounds=1)
-    found = compare(track, QUIET)["datasets"][0]
-    trials = found["search"]["trials"]
-    tried = [(t["label"], t["seed"], t["values"]["lr"]) for t in trials]
-    grid = [(s, lr) for s in (0, 1) for lr in (1e-6, 3e-2)]
-    assert tried == [(label, *at) for label in ("fslora", "fedit") for at in grid]
-    best = {(t["label"], t["seed"]): t for t in trials if t["chosen"]}
-    for trial in trials:
-        assert best[trial["label"], trial["seed"]]["loss"] <= trial["loss"]
-    for each in found["strategies"]:
-        for run in each["runs"]:
-            assert run["lr"] == best[each["label"], run["seed"]]["values"]["lr"]
-    saved = json.loads(
-        (Path(track.run.out) / "search/fedit/seed-1/lr=0.03/summary.json").read_text()
-    )
-    assert saved["split"]["evaluation"] != found["splits"]["1"]["evaluation"]
-
-
-@pytest.mark.parametrize(
-    ("figure", "chosen"), [("metric", [False, False, True]), ("loss", [True, False, False])]
-)
-def test_a_trial_is_judged_by_its_last_round(track, monkeypatch, figure, chosen):
-    track = replace(track, strategies="fslora", seeds="0", search="lr=1e-3,1e-2,3e-2")
-    ends = iter([(0.5, 2.0), (0.7, 3.0), (0.7, 2.5)])
-    first = {"eval_metric": 0.1, "eval_loss": 9.0}
-
-    def records(_):
-        return [first, dict(zip(first, next(ends), strict=True))]
-
-    monkeypatch.setattr(CompareConfig, "figure", figure)
-    monkeypatch.setattr("fslora.compare.search.run_all", lambda *_: {})
-    monkeypatch.setattr(checkpoint, "read_records", records)
-    assert [record["chosen"] for record in search(track)] == chosen
-
-
-def test_a_search_can_be_extended_with_the_comparison(track):
-    first = replace(track, strategies="fslora", seeds="0", search="lr=1e-3,3e-2", search_rounds=1)
-    compare(first, QUIET)
-    longer = compare(replace(first, search_rounds=3), QUIET)["datasets"][0]
-    assert len(longer["search"]["trials"]) == 2
-    folder = Path(track.run.out) / "search/fslora/seed-0/lr=0.03"
-    assert checkpoint.rounds_done(folder) == 3
-    again = tree(track.run.out)
-    compare(replace(first, search_rounds=3), QUIET)
-    assert tree(track.run.out) == again
-
-
-def test_with_eval_data_one_search_serves_all_seeds(track, texts):
-    track = replace(
-        track, search="lr=1e-3;server_lr=1,2", run=replace(track.run, eval_data=str(texts))
-    )
-    assert [track.search_seed(seed) for seed in (0, 1)] == [0, 0]
-    assert list(track.trials) == [{"lr": 1e-3, "server_lr": 1.0}, {"lr": 1e-3, "server_lr": 2.0}]
-
-
-@pytest.mark.parametrize("task", ["causal-lm", "instruction"])
-def test_validation_rows_come_from_the_clients_own_and_leave_the_test_rows_out(
-    settings, task, tmp_path
-):
-    path = tmp_path / "rows.jsonl"
-    rows = [
-        {"text": f"row {n} " * 9, "instruction": f"{n}", "response": f"r{n}"} for n in range(60)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {**settings, "data": str(path), "partition": "iid", "task": task, "eval_examples": 0}
-    test = prepare(SimulateConfig(**given)).data
-    tune = prepare(SimulateConfig(**given, validation=True)).data
-
-    def rows_of(*parts):
-        return [tuple(row[row > 0].tolist()) for part in parts for row in part.tensors["input_ids"]]
-
-    assert sorted(rows_of(*tune.clients, tune.evaluation)) == sorted(rows_of(*test.clients))
-    assert not set(rows_of(*tune.clients, tune.evaluation)) & set(rows_of(test.evaluation))
-    assert all(len(examples) for examples in tune.clients)
-    for row, owner in zip(rows_of(tune.evaluation), tune.evaluation_groups, strict=True):
-        assert row in rows_of(test.clients[owner])
-    assert 0.05 < len(tune.evaluation) / sum(map(len, test.clients)) < 0.15
-
-
 def test_a_hopeless_run_is_reported_and_the_others_are_compared(track, monkeypatch):
     def hopeless(config, watcher):
         if config.strategy == "fedit" and config.seed == 1:
@@ -370,25 +266,6 @@ def test_options_and_files(track, tmp_path):
     path.write_text('model = "m"\ndata = "d"\ncompare = "fedit,fslora"\n')
     with pytest.raises(ValueError, match=r"\[compare\] is a table of settings, not 'fedit,fslora'"):
         read_comparison(path)
-
-
-@pytest.mark.parametrize("freedom", range(1, 41))
-def test_t_quantiles(freedom):
-    assert t_quantile(freedom) == pytest.approx(stdtrit(freedom, 0.975), abs=1.2e-4)
-
-
-def test_intervals_and_verdicts():
-    found = spread([1.0, 2.0, 3.0])
-    assert (found["mean"], found["std"]) == (2.0, 1.0)
-    assert found["high"] - 2 == pytest.approx(4.30265 / math.sqrt(3))
-    assert verdict(difference([5.0, 6.1, 7.0], [1.0, 2.0, 3.0]), 0) == "higher"
-    assert verdict(difference([1.0, 2.0, 3.0], [5.0, 6.1, 7.0]), 0) == "lower"
-    assert verdict(difference([1.0, 9.0], [2.0, 3.0]), 0) == "undecided"
-    assert verdict(difference([1.0], [2.0]), 0) == "undecided", "one seed decides nothing"
-    half = ratio([1.0, 2.0, 4.0], [2.0, 4.1, 8.0])
-    assert half["mean"] == pytest.approx(0.4959, abs=1e-4)
-    assert verdict(half, 1) == "lower"
-    assert ratio([0.0, 1.0], [1.0, 1.0])["mean"] is None
 
 
 def test_the_command_line_leaves_tables_and_a_page_and_joins_data_sets(track, capsys):
