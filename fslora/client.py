@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fslora_kernels
 from fslora.data.tasks import Batch, Examples, Objective
@@ -145,18 +145,13 @@ def _seed(key: int, device: torch.device) -> None:
 
 
 def _leaves(adapters: Adapters, rule: LocalRule, device: torch.device) -> Adapters:
-    """Copy the factors out as leaves, in one call for all where they need not travel."""
-    factors = [factor for pair in adapters.values() for factor in pair]
-    copies = (
-        [t.to(device, copy=True) for t in factors] if device.type != "cpu" else _clones(factors)
-    )
+    """Copy the factors out as leaves."""
+    factors = (factor for pair in adapters.values() for factor in pair)
+    cpu = device.type == "cpu"  # where a clone takes three quarters of the time of `to`
+    copies = [factor.clone() if cpu else factor.to(device, copy=True) for factor in factors]
     leaves = zip(copies, rule.trained * len(adapters), strict=True)
     found = (leaf.requires_grad_(trained) for leaf, trained in leaves)
     return {name: LoRAWeights(next(found), next(found)) for name in adapters}
-
-
-def _clones(tensors: list[Tensor]) -> Sequence[Tensor]:
-    return torch._foreach_clone(tensors) if tensors else []
 
 
 def _batches(examples: Examples, size: int, key: int) -> Iterator[Batch]:
