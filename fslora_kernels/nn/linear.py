@@ -26,13 +26,24 @@ class Restriction:
     Attributes:
         index: view mode: int64 ``[S]`` into the layer's own factors, on their device.
         leaves: compact mode: a client's own factors, used whole.
-        scale: of the delta, relative to the layer's own scaling: one number, rank / S for a sketch,
-            or one for each rank ``[S]``.
+        rank: R of the adapter when its ranks were chosen.
+        scale: of the leaves' delta, relative to the layer's own scaling: one number, or one for
+            each rank ``[S]``; None is R / S, as it is for an index set.
     """
 
     index: Tensor | None = None
     leaves: LoRAWeights | None = None
-    scale: float | Tensor = 1.0
+    rank: int = 0
+    scale: float | Tensor | None = None
+
+    @property
+    def correction(self) -> float | Tensor:
+        """The scale; a compiler sees R / S as the size's, not as a number of its own."""
+        if self.scale is not None:
+            return self.scale
+        if self.leaves is not None:
+            return self.rank / self.leaves.rank
+        return 1.0 if self.index is None else self.rank / self.index.shape[0]
 
 
 UNRESTRICTED = Restriction()
@@ -210,7 +221,7 @@ def _add_adapter(
 ) -> Tensor:
     """Return base(x) plus this adapter's delta, or y plus it where y is given."""
     restriction = layer.restrictions.get(name, UNRESTRICTED)
-    scale, index = layer.scaling[name] * restriction.scale, restriction.index
+    scale, index = layer.scaling[name] * restriction.correction, restriction.index
     if restriction.leaves is not None:
         lora_a, lora_b = restriction.leaves
     else:

@@ -128,8 +128,7 @@ def sketch(
     _unrestrict(layers, adapter_name)
     for layer, adapter, index in restrictions:
         if index is not None:
-            scale = _rank(layer, adapter) / len(index)
-            layer.restrictions[adapter] = Restriction(index=index, scale=scale)
+            layer.restrictions[adapter] = Restriction(index=index, rank=_rank(layer, adapter))
 
 
 def extract(
@@ -200,10 +199,10 @@ def bind(
         _check_scales(scale, adapters)
     _unrestrict(layers, adapter_name)
     for name, layer, adapter in named:
-        leaves = adapters[name]
         own = scale[name] if isinstance(scale, Mapping) else scale
-        relative = _rank(layer, adapter) / leaves.rank if own is None else own
-        layer.restrictions[adapter] = Restriction(leaves=leaves, scale=relative)
+        layer.restrictions[adapter] = Restriction(
+            leaves=adapters[name], rank=_rank(layer, adapter), scale=own
+        )
 
 
 def _check_scales(scales: Mapping[str, Tensor], adapters: Adapters) -> None:

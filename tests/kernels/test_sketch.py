@@ -208,7 +208,7 @@ def test_a_replica_moves_the_sketch_that_it_shares():
     index, x = torch.tensor([1, 2]), torch.ones(1, 6)
     fslora_kernels.sketch(model, {name: index})
     want = model(x)
-    restrictions, elsewhere = model.get_submodule(name).restrictions, Mock()
+    restrictions, elsewhere = model.get_submodule(name).restrictions, Mock(shape=index.shape)
     elsewhere.to.return_value = index
     restrictions["default"] = replace(restrictions["default"], index=elsewhere)
     assert torch.equal(model(x), want)
