@@ -128,8 +128,9 @@ def load_model(
     if classifying:
         settings |= {"num_labels": len(labels), "pad_token_id": pad_token_id}
         settings |= {"id2label": dict(enumerate(labels))}
+    key = fold_in(config.seed, "initial weights")
     with torch.random.fork_rng():
-        torch.manual_seed(fold_in(config.seed, "initial weights"))
+        torch.manual_seed(key)
         with _explained("model", config):
             base_config = AutoConfig.from_pretrained(path)
         check_config(config, base_config, max(pad_token_id, highest_id))
@@ -140,6 +141,8 @@ def load_model(
                 path, output_loading_info=True, ignore_mismatched_sizes=True, **settings
             )
         fresh = fresh_modules(found)
+        if not fresh:  # weights without values draw too, in a process that has compiled something
+            torch.manual_seed(key)
         check_positions(config, base, base_config)
         if classifying:
             check_complete(config, base, fresh)

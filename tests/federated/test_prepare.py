@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from fslora.config import SimulateConfig
 from fslora.data.classification import Classification
 from fslora.data.tasks import evaluating, logits_of
+from fslora.models import take_state
 from fslora.prepare import examples_of, prepare
 from fslora.protocol import POOLED
 
@@ -74,3 +76,20 @@ def test_clients_are_tokenised_once_to_hold_out_of_their_own(settings, monkeypat
     given = {**settings, "task": "classification", "partition": "iid", "validation": True}
     prepare(SimulateConfig(**given))
     assert sorted(texts, key=int) == [str(n) for n in range(60)]
+
+
+def test_what_loading_draws_changes_no_adapter(settings, monkeypatch):
+    """Weights on the meta device draw numbers where, and only where, something was compiled."""
+
+    def first_factors():
+        adapters, _ = take_state(prepare(SimulateConfig(**settings)).model)
+        return [pair.lora_a for pair in adapters.values()]
+
+    wanted, load = first_factors(), AutoModelForCausalLM.from_pretrained
+
+    def drawing(*arguments, **named):
+        torch.rand(1)
+        return load(*arguments, **named)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", drawing)
+    assert all(map(torch.equal, first_factors(), wanted))
