@@ -39,13 +39,12 @@ from fslora.config import SimulateConfig
 from fslora.errors import StoppedRunError
 from fslora.models import model_path, take_state
 from fslora.plan.costs import count_costs
-from fslora.plan.kept import kept_bytes, resident_bytes
+from fslora.plan.kept import ROUNDS, kept_bytes, resident_bytes
 from fslora.prepare import Run, make_strategy, prepare
 from fslora.protocol import ClientTask
 
 SIZES = (1, 2, 4, 8, 16)
 _PROBED = 4
-_ROUNDS = 8  # as many as the probe trains: the peak grows from step to step for a while
 _TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 
 
@@ -96,7 +95,7 @@ def child(settings: str, size: int) -> dict[str, float]:
     """In a fresh process: train at one size; its peak over its baseline, and its CPU seconds."""
     trainer, task, baseline = warm(settings, size)
     seconds = []
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):  # as many as the probe, whose peak is held against this
         start = process_time()
         trainer(task)
         seconds.append(process_time() - start)

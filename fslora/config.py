@@ -274,8 +274,8 @@ class SimulateConfig:
             if not getattr(self, name) >= low:
                 raise ValueError(f"{flag(name)} must be at least {low}, got {getattr(self, name)}")
         for name in ("alpha", "lr", "server_lr", "over_select"):
-            if not 0 < (value := getattr(self, name)) <= _MOST:
-                raise ValueError(f"{flag(name)} must be positive and at most 1e30, got {value}")
+            if not 0 < (own := getattr(self, name)) <= _MOST:
+                raise ValueError(f"{flag(name)} must be positive and at most {_MOST:g}, got {own}")
 
     def _check_clock(self) -> None:
         if not self.devices and (self.deadline or self.over_select != 1):

@@ -16,7 +16,7 @@ from fslora.client import LocalTrainer
 from fslora.plan.costs import made_bytes
 from fslora.protocol import ClientTask
 
-_ROUNDS = 8  # the peak grows from one to the next for a while
+ROUNDS = 8  # the peak grows from one to the next for a while
 _PROCESS = Path("/proc/self")
 
 
@@ -44,7 +44,7 @@ def kept_bytes(trainer: LocalTrainer, task: ClientTask) -> float:
         before = resident_bytes("VmRSS")
     except OSError:
         return 0.0
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         trainer(task)
     grown = resident_bytes("VmHWM") - before
     return float(max(0, grown - made_bytes(trainer, task)))
