@@ -35,10 +35,13 @@ class Examples:
 
     def take(self, rows: Tensor) -> Batch:
         """The examples at `rows` [batch] as a batch, its common padding cut off."""
-        length = int(self.tensors["attention_mask"][rows].sum(dim=1).max())
+        batch = {name: tensor.index_select(0, rows) for name, tensor in self.tensors.items()}
+        length = int(batch["attention_mask"].sum(dim=1).max())
+        if length == batch["attention_mask"].shape[1]:
+            return batch
         return {
-            name: tensor[rows, :length] if tensor.dim() == 2 else tensor[rows]
-            for name, tensor in self.tensors.items()
+            name: tensor[:, :length].contiguous() if tensor.dim() == 2 else tensor
+            for name, tensor in batch.items()
         }
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Batch]]:
