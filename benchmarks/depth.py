@@ -23,7 +23,7 @@ from benchmarks.cost import language_batch
 from benchmarks.flags import at_least
 from benchmarks.timing import Interval, Pairs, append_record, clock, provenance, take_turns
 from benchmarks.workload import bare, default_model, shared_model, with_adapter
-from fslora.assignment import client_task, first_state, gather_rest
+from fslora.assignment import client_tasks, first_state, gather_rest
 from fslora.client import LocalTrainer, upload_bytes
 from fslora.clock import step_counter
 from fslora.data.causal_lm import CausalLM
@@ -102,7 +102,7 @@ class Client:
         size = sketch_size(rank, ratio)
         drawn = draw_sketches(0, modules, rank, size)
         sketches = {name: drawn[name] for name in Depth("top", layers).ever_trained(modules)}
-        task = client_task(self.state, CLIENT, sketches, self.rule)
+        (task,) = client_tasks(self.state, {CLIENT: sketches}, self.rule)
         if not whole:
             return replace(task, scale=rank / size)
         return replace(task, frozen=gather_rest(self.state.adapters, sketches))

@@ -41,7 +41,7 @@ from fslora.errors import StoppedRunError
 from fslora.models import take_state
 from fslora.protocol import LoRAWeights
 from fslora.server import RoundRecord
-from fslora_kernels.nn.fuse import fused_layers
+from fslora_kernels.nn.peft import slots
 
 Cell = dict[str, Any]
 
@@ -241,7 +241,7 @@ def naive(run: prepare.Run, cohort: Sequence[str]) -> float:
     model, examples = run.model.train(), prepare.examples_of(run)
     adapters, _ = take_state(model)
     total = {n: LoRAWeights(*map(torch.zeros_like, pair)) for n, pair in adapters.items()}
-    layers, ratio_of, spent = fused_layers(model), run.ratio_of_id, 0.0
+    layers, ratio_of, spent = slots(model), run.ratio_of_id, 0.0
     for name in cohort:
         own, size = examples[name], round(run.config.rank * ratio_of[name])
         start = process_time()

@@ -19,8 +19,8 @@ from fslora.protocol import (
     Extras,
     LoRAWeights,
     ServerState,
-    Sketch,
 )
+from fslora.stacks import Kind, Layout, Stacks, places_of, rows_of, stacked
 from fslora.yogi import Yogi
 
 ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedadamw", "fedyogi"]
@@ -59,22 +59,6 @@ def _blocks(updates: Iterable[ClientUpdate]) -> Iterator[list[ClientUpdate]]:
         yield block
 
 
-def _fold(
-    total: LoRAWeights, drawn: Sequence[Sketch], changes: Sequence[LoRAWeights], *, inverse: bool
-) -> Tensor:
-    """Add changes of one module into the ranks that they are of, in their order; return these."""
-
-    def weighed(sketch: Sketch, change: Tensor) -> Tensor:
-        return (change * sketch.inverse_probability).to(change.dtype)
-
-    ranks = torch.cat([sketch.rows for sketch in drawn])
-    for rows, factors in zip(total, zip(*changes, strict=True), strict=True):
-        if factors[0].shape[0]:  # what is not trained has no rows, from nobody
-            added = list(map(weighed, drawn, factors)) if inverse else factors
-            rows.index_add_(0, ranks, torch.cat(added))
-    return ranks
-
-
 def mean_update(
     adapters: Adapters,
     extras: Extras,
@@ -101,32 +85,56 @@ def mean_update(
 
     Source: arXiv 2501.19389, the server update X ← X + (1/N) Σᵢ Δᵢ; "count" is arXiv 2602.16936.
     """
-    sketches = {task.client_id: task.sketches for task in tasks}
-    total = {n: LoRAWeights(*(torch.zeros_like(t) for t in p)) for n, p in adapters.items()}
+    asked = {task.client_id: task for task in tasks}
+    total = stacked({n: LoRAWeights(*map(torch.zeros_like, p)) for n, p in adapters.items()})
     heads = {name: torch.zeros_like(tensor) for name, tensor in extras.items()}
-    counting = divide_by == "count"
-    counts = {n: torch.zeros(p.rank, 1, dtype=p.lora_a.dtype) for n, p in adapters.items()}
+    counting, inverse = divide_by == "count", divide_by == "inverse"
+    counts = [torch.zeros(len(rows), 1, dtype=rows.dtype) for rows in total.tensors]
     participants = 0
     for block in _blocks(updates):
         participants += len(block)
-        for name, pair in total.items():
-            own = [update for update in block if name in update.delta]
-            if own:
-                drawn = [sketches[update.client_id][name] for update in own]
-                changes = [update.delta[name] for update in own]
-                ranks = _fold(pair, drawn, changes, inverse=divide_by == "inverse")
-                if counting:
-                    counts[name] += torch.bincount(ranks, minlength=pair.rank)[:, None]
+        parts: dict[Kind, list[tuple[Tensor, Tensor]]] = {}
+        for update in block:
+            if update.delta:
+                delta = stacked(update.delta, adapters)
+                found = _parts(asked[update.client_id], delta, total.layout, inverse=inverse)
+                for kind, changes, places in found:
+                    parts.setdefault(kind, []).append((changes, places))
+        for kind, own in parts.items():
+            number = total.layout.kinds.index(kind)
+            changes, places = (torch.cat(each) for each in zip(*own, strict=True))
+            total.tensors[number].index_add_(0, places, changes)
+            if counting:
+                most = len(counts[number])
+                counts[number] += torch.bincount(places, minlength=most)[:, None]
         for update in block:
             for name, change in update.extras.items():
                 heads[name].add_(change)
     participants = cohort or max(participants, 1)
-    for name, pair in total.items():
-        for rows in pair:
-            rows.div_(counts[name].clamp(min=1) if counting else participants)
+    for rows, count in zip(total.tensors, counts, strict=True):
+        rows.div_(count.clamp(min=1) if counting else participants)
     for tensor in heads.values():
         tensor.div_(participants)
-    return total, heads
+    return dict(total), heads
+
+
+def _parts(
+    task: ClientTask, delta: Stacks, whole: Layout, *, inverse: bool
+) -> Iterable[tuple[Kind, Tensor, Tensor]]:
+    """Return of each kind the rows that a client changed, and where they are in the whole stack."""
+    given, drawn = task.adapters, [task.sketches[name] for name in delta.layout.names]
+    if isinstance(given, Stacks) and given.places and given.layout == delta.layout:
+        places = given.places
+    else:
+        ranks = torch.cat([sketch.rows for sketch in drawn])[None]
+        places = [found[0] for found in places_of(ranks, delta.layout, whole)]
+    changes = delta.tensors
+    if inverse:
+        weights = rows_of(
+            torch.cat([sketch.inverse_probability for sketch in drawn])[None], delta.layout
+        )
+        changes = [(t * w[0, :, None]).to(t.dtype) for t, w in zip(changes, weights, strict=True)]
+    return zip(delta.layout.kinds, changes, places, strict=True)
 
 
 def mean_heads(extras: Extras, updates: Sequence[ClientUpdate]) -> Extras:

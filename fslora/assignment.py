@@ -16,6 +16,7 @@ from fslora.protocol import (
     ServerState,
     Sketch,
 )
+from fslora.stacks import Stacks, places_of, stacked
 from fslora_kernels.sampling import sketch_size
 from fslora_kernels.seeds import fold_in, uniform
 
@@ -45,66 +46,63 @@ def task_key(state: ServerState, client_id: str) -> int:
     return fold_in(client_key(state, client_id), "local")
 
 
-def client_task(
-    state: ServerState,
-    client_id: str,
-    sketches: Mapping[str, Sketch],
-    local: LocalRule,
-    adapters: Adapters | None = None,
-) -> ClientTask:
-    """Build a task: the sketched ranks of the global adapter, the heads whole, scale 1.
+def client_tasks(
+    state: ServerState, drawn: Mapping[str, Mapping[str, Sketch]], local: LocalRule
+) -> list[ClientTask]:
+    """Build a cohort's tasks: the sketched ranks of the global adapter, the heads whole, scale 1.
 
     Args:
         state: before the round.
-        client_id: who.
-        sketches: module name to its ranks.
+        drawn: client id to module name to its ranks.
         local: how to train.
-        adapters: these ranks, where they are gathered already.
     """
-    return ClientTask(
-        round=state.round + 1,
-        client_id=client_id,
-        adapters=gather(state.adapters, sketches) if adapters is None else adapters,
-        extras={name: tensor.clone() for name, tensor in state.extras.items()},
-        sketches=dict(sketches),
-        local=local,
-        key=task_key(state, client_id),
-        nonce=fold_in(client_key(state, client_id), "nonce"),
-    )
+    gathered = gather_each(state.adapters, drawn)
+    return [
+        ClientTask(
+            round=state.round + 1,
+            client_id=client_id,
+            adapters=gathered[client_id],
+            extras={name: tensor.clone() for name, tensor in state.extras.items()},
+            sketches=dict(sketches),
+            local=local,
+            key=task_key(state, client_id),
+            nonce=fold_in(client_key(state, client_id), "nonce"),
+        )
+        for client_id, sketches in drawn.items()
+    ]
 
 
-def gather(adapters: Adapters, sketches: Mapping[str, Sketch]) -> Adapters:
-    """Copy out the ranks that each module's sketch selects: ``[S, D]`` and ``[S, E]``."""
-    compact: Adapters = {}
-    for name, sketch in sketches.items():
-        pair, index = adapters[name], sketch.index
-        if index is None:
-            compact[name] = LoRAWeights(pair.lora_a.clone(), pair.lora_b.clone())
-        else:
-            compact[name] = LoRAWeights(pair.lora_a[index], pair.lora_b[index])
-    return compact
-
-
-def gather_each(
-    adapters: Adapters, drawn: Mapping[str, Mapping[str, Sketch]]
-) -> dict[str, Adapters]:
-    """Gather for each client, in one call for each factor: what a client gets is views of that."""
-    found: dict[str, Adapters] = {client_id: {} for client_id in drawn}
-    for name, pair in adapters.items():
-        having = {client_id: own[name] for client_id, own in drawn.items() if name in own}
-        if not having:
+def gather_each(adapters: Adapters, drawn: Mapping[str, Mapping[str, Sketch]]) -> dict[str, Stacks]:
+    """Gather for each client, for all whose sketches have the same sizes at once."""
+    whole = stacked(adapters)
+    alike: dict[tuple[tuple[str, int], ...], list[str]] = {}
+    for client_id, own in drawn.items():
+        sizes = tuple((name, own[name].size) for name in adapters if name in own)
+        alike.setdefault(sizes, []).append(client_id)
+    found: dict[str, Stacks] = {}
+    for sizes, clients in alike.items():
+        if not sizes:
+            found |= dict.fromkeys(clients, stacked({}))
             continue
-        index = torch.cat([sketch.rows for sketch in having.values()])
-        sizes = [sketch.size for sketch in having.values()]
-        split = [torch.split(factor.index_select(0, index), sizes) for factor in pair]
-        for client_id, *factors in zip(having, *split, strict=True):
-            found[client_id][name] = LoRAWeights(*factors)
+        layout = whole.layout.part(dict(sizes))
+        ranks = torch.cat([drawn[client][name].rows for client in clients for name, _ in sizes])
+        places = places_of(ranks.view(len(clients), -1), layout, whole.layout)
+        gathered = [
+            whole.tensors[whole.layout.kinds.index(kind)]
+            .index_select(0, own.flatten())
+            .view(*own.shape, -1)
+            for kind, own in zip(layout.kinds, places, strict=True)
+        ]
+        each = zip(*(t.unbind() for t in gathered), strict=True)
+        of_each = zip(*(t.unbind() for t in places), strict=True)
+        for client, tensors, rows in zip(clients, each, of_each, strict=True):
+            found[client] = Stacks(layout, list(tensors), list(rows))
     return found
 
 
 def gather_rest(adapters: Adapters, sketches: Mapping[str, Sketch]) -> Adapters:
     """Copy out the ranks that are in no sketch; modules whose sketch has no index are left out."""
-    rest: Adapters = {}
+    rest: dict[str, LoRAWeights] = {}
     for name, pair in adapters.items():
         others = torch.ones(pair.rank, dtype=torch.bool)
         if name in sketches:
@@ -168,7 +166,7 @@ def common_rank(adapters: Adapters) -> int:
 
 def without_tail(adapters: Adapters, size: int) -> Adapters:
     """Set the ranks from ``size`` on to zero, which nobody will ever train."""
-    cut: Adapters = {}
+    cut: dict[str, LoRAWeights] = {}
     for name, pair in adapters.items():
         cut[name] = LoRAWeights(pair.lora_a.clone(), pair.lora_b.clone())
         for factor in cut[name]:

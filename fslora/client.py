@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import compress
+from itertools import chain, compress, islice
 
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ from fslora.lowrank import stack, tail_norm
 from fslora.protocol import Adapters, ClientTask, ClientUpdate, Extras, LocalRule, LoRAWeights
 from fslora.ranks import RedrawnRanks, SameRanks
 from fslora.residual import applied
-from fslora_kernels.nn.fuse import FusedLayers, fused_layers
+from fslora.stacks import Stacks, few_tensors, stacked
+from fslora_kernels.nn.peft import Slot, slots
 from fslora_kernels.seeds import fold_in
 
 
@@ -47,18 +49,17 @@ class LocalTrainer:
         """Train for the task's local steps and return the change, on the CPU."""
         device, layers, own_heads = self._resident
         examples = self.data[task.client_id]
-        leaves = _leaves(task.adapters, task.local, device)
+        received = _that_train(task.adapters, task.local)
+        leaves = _leaves(received, device)
         head = {name: p for name, p in own_heads.items() if name in task.extras}
         with torch.no_grad():
             for name, parameter in head.items():
                 parameter.copy_(task.extras[name])
-        devices = [device] if device.type == "cuda" else []
         frozen = {n: LoRAWeights(*(t.to(device) for t in p)) for n, p in task.frozen.items()}
         kind = RedrawnRanks if task.local.redrawn_ranks else SameRanks
         ranks = kind(task, leaves, frozen, list(head.values()))
         try:
-            with applied(self.model, task.residual), torch.random.fork_rng(devices):
-                _seed(task.key, device)
+            with applied(self.model, task.residual), _seeded(task.key, device):
                 loss = self._train(ranks, examples, task)
         finally:
             fslora_kernels.unbind(layers)
@@ -66,18 +67,18 @@ class LocalTrainer:
             round=task.round,
             client_id=task.client_id,
             nonce=task.nonce,
-            delta=_changes(leaves, task.adapters),
+            delta=_changes(leaves, received),
             extras={n: head[n].detach().cpu() - old for n, old in task.extras.items()},
             num_examples=len(examples),
             metrics={"loss": loss},
         )
 
     @cached_property
-    def _resident(self) -> tuple[torch.device, FusedLayers, dict[str, nn.Parameter]]:
-        """Walk through the model once, as it stays what it is: device, fused layers, heads."""
+    def _resident(self) -> tuple[torch.device, dict[str, Slot], dict[str, nn.Parameter]]:
+        """Walk through the model once, as it stays what it is: device, slots, heads."""
         self.model.train()
         device = next(self.model.parameters()).device
-        return device, fused_layers(self.model), heads(self.model)
+        return device, slots(self.model), heads(self.model)
 
     def _train(
         self, ranks: SameRanks | RedrawnRanks, examples: Examples, task: ClientTask
@@ -115,43 +116,51 @@ class LocalTrainer:
 
 
 @torch.no_grad()
-def _changes(leaves: Adapters, received: Adapters) -> Adapters:
-    """Turn what was trained into its change, on the CPU: in place, and in one call for all.
-
-    A factor that is not trained has no rows.
-    """
-    found, trained, before = [], [], []
-    for name, pair in received.items():
-        for new, old in zip(leaves[name], pair, strict=True):
-            if new.requires_grad:
-                new.grad = None
-                found.append(new.detach_().cpu())
-                trained.append(found[-1])
-                before.append(old)
-            else:
-                found.append(old[:0])
-    if trained:
-        torch._foreach_sub_(trained, before)
-    return dict(zip(received, map(LoRAWeights, found[::2], found[1::2]), strict=True))
+def _changes(leaves: Stacks, received: Stacks) -> Stacks:
+    """Turn what was trained into its change, in place, and on the CPU."""
+    for leaf in leaves.tensors:
+        leaf.grad = None
+    changes = [leaf.detach_().cpu() for leaf in leaves.tensors]
+    if changes:
+        torch._foreach_sub_(changes, received.tensors)
+    return Stacks(received.layout, changes)
 
 
-def _seed(key: int, device: torch.device) -> None:
-    """Seed what a model draws from."""
-    if device.type == "cpu":
-        # torch.manual_seed keeps a stack trace for every kind of GPU that is not in use yet.
-        torch.default_generator.manual_seed(key)
-    else:
-        torch.manual_seed(key)
+@contextmanager
+def _seeded(key: int, device: torch.device) -> Iterator[None]:
+    """Let what a model draws follow from a key; afterwards torch's generators are as before."""
+    if device.type != "cpu":
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(key)
+            yield
+        return
+    # torch.manual_seed keeps a stack trace for every kind of GPU that is not in use yet.
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(key)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
 
 
-def _leaves(adapters: Adapters, rule: LocalRule, device: torch.device) -> Adapters:
-    """Copy the factors out as leaves."""
-    factors = (factor for pair in adapters.values() for factor in pair)
+def _that_train(adapters: Adapters, rule: LocalRule) -> Stacks:
+    """Return the factors that train; of one that does not, no rows."""
+    if all(rule.trained):
+        return stacked(adapters)
+    pairs = {
+        name: LoRAWeights(
+            *(t if trains else t[:0] for t, trains in zip(pair, rule.trained, strict=True))
+        )
+        for name, pair in adapters.items()
+    }
+    return stacked(pairs)
+
+
+def _leaves(received: Stacks, device: torch.device) -> Stacks:
+    """Copy what trains; a module's factor is a part of a leaf."""
     cpu = device.type == "cpu"  # where a clone takes three quarters of the time of `to`
-    copies = [factor.clone() if cpu else factor.to(device, copy=True) for factor in factors]
-    leaves = zip(copies, rule.trained * len(adapters), strict=True)
-    found = (leaf.requires_grad_(trained) for leaf, trained in leaves)
-    return {name: LoRAWeights(next(found), next(found)) for name in adapters}
+    copies = (t.clone() if cpu else t.to(device, copy=True) for t in received.tensors)
+    return Stacks(received.layout, [copy.requires_grad_() for copy in copies])
 
 
 def _batches(examples: Examples, size: int, key: int) -> Iterator[Batch]:
@@ -160,13 +169,10 @@ def _batches(examples: Examples, size: int, key: int) -> Iterator[Batch]:
     A client with fewer examples than ``size`` gives them all in each batch.
     """
     generator = torch.Generator().manual_seed(key)
-    size = min(size, len(examples))
-    order = torch.empty(0, dtype=torch.int64)
+    passes = iter(lambda: torch.randperm(len(examples), generator=generator).tolist(), None)
+    order = chain.from_iterable(passes)
     while True:
-        while len(order) < size:
-            order = torch.cat([order, torch.randperm(len(examples), generator=generator)])
-        rows, order = order[:size], order[size:]
-        yield examples.take(rows)
+        yield examples.take(torch.tensor(list(islice(order, min(size, len(examples))))))
 
 
 def _parts(
@@ -192,7 +198,7 @@ def payload_bytes(adapters: Adapters, extras: Extras) -> tuple[int, int]:
     (names and shapes) is not counted.
     """
     return (
-        sum(pair.size_bytes for pair in adapters.values()),
+        sum(factor.nbytes for factor in few_tensors(adapters)),
         sum(tensor.nbytes for tensor in extras.values()),
     )
 
@@ -217,6 +223,7 @@ def upload_bytes(task: ClientTask) -> tuple[int, int]:
     """Return what a client answers to a task: (adapter, head)."""
     if task.private:
         return 0, 0
-    trained = task.local.trained
-    factors = (factor for pair in task.adapters.values() for factor in compress(pair, trained))
+    if all(task.local.trained):
+        return payload_bytes(task.adapters, {})[0], head_bytes(task)
+    factors = (f for pair in task.adapters.values() for f in compress(pair, task.local.trained))
     return sum(factor.nbytes for factor in factors), head_bytes(task)

@@ -56,6 +56,19 @@ class Sketch:
         if self.index is not None:
             check_index(self.index, self.rank)
 
+    @classmethod
+    def each(cls, index: Tensor, rank: int) -> list[Sketch]:
+        """Make a sketch of each row of ``[n, S]``, all checked at once."""
+        rising = bool((index[:, 1:] > index[:, :-1]).all())
+        rows = index.unbind()  # ten times as fast as to iterate over a tensor
+        if not (rising and int(index.min()) >= 0 and int(index.max()) < rank):
+            return [cls(row, rank) for row in rows]  # says what is wrong
+        sketches = [object.__new__(cls) for _ in rows]
+        for sketch, row in zip(sketches, rows, strict=True):
+            for name, value in (("index", row), ("rank", rank), ("probability", None)):
+                object.__setattr__(sketch, name, value)
+        return sketches
+
     @property
     def size(self) -> int:
         """S, how many ranks are used."""
@@ -72,9 +85,11 @@ class Sketch:
         return self.rank / self.size
 
     @property
-    def inverse_probability(self) -> float | Tensor:
-        """1/π of each rank of the index, ``[S, 1]``, or one number for all."""
-        return self.correction if self.probability is None else 1 / self.probability[:, None]
+    def inverse_probability(self) -> Tensor:
+        """1/π of each rank of the index, float64 ``[S]``."""
+        if self.probability is None:
+            return torch.full((self.size,), self.correction, dtype=torch.float64)
+        return 1 / self.probability
 
     def thinned(self, share: float) -> Sketch:
         """Return the same ranks, of a module that is trained with a probability of its own."""

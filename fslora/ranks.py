@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fslora.lowrank import stack
 from fslora.protocol import Adapters, ClientTask, LocalRule, LoRAWeights
 from fslora.sketch import draw_steps
+from fslora.stacks import Stacks
 from fslora_kernels import sketched_adamw
 
 Rows = dict[str, Tensor]
@@ -25,12 +26,14 @@ class SameRanks:
     """
 
     def __init__(
-        self, task: ClientTask, leaves: Adapters, frozen: Adapters, head: Sequence[nn.Parameter]
+        self, task: ClientTask, leaves: Stacks, frozen: Adapters, head: Sequence[nn.Parameter]
     ) -> None:
         """Take a client's own ranks, the frozen ones of its task, and its heads."""
-        own = [t for pair in leaves.values() for t in pair if t.requires_grad]
-        self.parameters: list[Tensor] = [*own, *head]
-        self._used = leaves, frozen
+        self.parameters: list[Tensor] = [*filter(Tensor.numel, leaves.tensors), *head]
+        used: Adapters = leaves
+        if not all(task.local.trained):
+            used = {name: _whole(task.adapters[name], pair) for name, pair in leaves.items()}
+        self._used = used, frozen
         self._optimizer = _optimizer(self.parameters, task.local)
 
     def begin(self, _step: int) -> tuple[Adapters, Adapters]:
@@ -44,6 +47,13 @@ class SameRanks:
         self._optimizer.step()
 
 
+def _whole(given: LoRAWeights, trains: LoRAWeights) -> LoRAWeights:
+    """Put the factor that was given beside the one that trains."""
+    return LoRAWeights(
+        *(new if len(new) else old.to(new.device) for old, new in zip(given, trains, strict=True))
+    )
+
+
 class RedrawnRanks:
     """The union of a client's sketches, of which each step trains its own.
 
@@ -55,7 +65,7 @@ class RedrawnRanks:
     """
 
     def __init__(
-        self, task: ClientTask, leaves: Adapters, frozen: Adapters, head: Sequence[nn.Parameter]
+        self, task: ClientTask, leaves: Stacks, frozen: Adapters, head: Sequence[nn.Parameter]
     ) -> None:
         """Take a client's own ranks, which are trained in place, the frozen ones, its heads."""
         self._rule, self._frozen = task.local, frozen

@@ -49,9 +49,9 @@ def _draw_each(
                 sketches[client] = {module: Sketch(None, rank) for module in modules}
             continue
         drawn = draw_uniform_each(list(own.values()), modules, rank, size)
-        for client, rows in zip(own, drawn, strict=True):
-            for module, row in zip(modules, rows, strict=True):
-                sketches[client][module] = Sketch(row, rank)
+        each = iter(Sketch.each(drawn.flatten(0, 1), rank))
+        for client in own:
+            sketches[client] = dict(zip(modules, each, strict=False))
     return sketches
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from fslora.protocol import ClientTask, ClientUpdate, ServerState
 from fslora.robust import update_norm
+from fslora.stacks import Stacks, few_tensors
 from fslora.trust import Limits
 
 NO_LIMITS = Limits()
 _MOST_LOSS = torch.finfo(torch.float32).max  # of a cohort the sum is finite
-_ROUNDING = 1e-6  # more than two ways to sum a norm's squares can differ by
+_SURELY = 0.9  # of a limit: below it however the squares of a norm are rounded and summed
 
 
 def rejection(task: ClientTask, update: ClientUpdate, limits: Limits = NO_LIMITS) -> str | None:
@@ -55,16 +57,28 @@ def counted(state: ServerState, refused: Iterable[str]) -> ServerState:
     return replace(state, rejections=rejections)
 
 
+@cache
+def _largest(dtype: torch.dtype) -> float:
+    """Return the largest number whose square is one."""
+    return math.sqrt(torch.finfo(dtype).max)
+
+
 def _form_rejection(task: ClientTask, update: ClientUpdate) -> str | None:
-    if update.delta.keys() != task.adapters.keys() or update.extras.keys() != task.extras.keys():
+    given, sent = task.adapters, update.delta
+    alike = isinstance(given, Stacks) and isinstance(sent, Stacks) and given.layout == sent.layout
+    if not (alike or sent.keys() == given.keys()) or update.extras.keys() != task.extras.keys():
         return "its modules are not those that it was given"
-    trained = task.local.trained
-    for name, pair in task.adapters.items():
-        for change, given, travels in zip(update.delta[name], pair, trained, strict=True):
-            if (reason := _misfit(change, given if travels else given[:0])) is not None:
-                return f"{name} {reason}"
-    for name, given in task.extras.items():
-        if (reason := _misfit(update.extras[name], given)) is not None:
+    if isinstance(given, Stacks) and isinstance(sent, Stacks) and alike:
+        for tensor, change in zip(given.tensors, sent.tensors, strict=True):
+            if (reason := _misfit(change, tensor)) is not None:
+                return f"a stack of its factors {reason}"
+    else:
+        for name, pair in given.items():
+            for factor, change, travels in zip(pair, sent[name], task.local.trained, strict=True):
+                if (reason := _misfit(change, factor if travels else factor[:0])) is not None:
+                    return f"{name} {reason}"
+    for name, tensor in task.extras.items():
+        if (reason := _misfit(update.extras[name], tensor)) is not None:
             return f"{name} {reason}"
     return None
 
@@ -79,17 +93,15 @@ def _misfit(delta: Tensor, given: Tensor) -> str | None:
 
 def _size_rejection(update: ClientUpdate, most: float) -> str | None:
     """Look at all tensors in one call; only where that does not do, at each."""
-    changes = update.tensors()
+    changes = [*few_tensors(update.delta), *update.extras.values()]
     if not changes:
         return None
     # Finite terms may have a sum that is not; below this no cohort's has, nor its square.
-    most = most or min(math.sqrt(torch.finfo(dtype).max) for dtype in {t.dtype for t in changes})
-    norms = torch._foreach_norm(changes, 2, dtype=torch.float64)
-    if math.hypot(*map(float, norms)) < (1 - _ROUNDING) * most:
+    most = most or min(_largest(change.dtype) for change in changes)
+    if math.hypot(*map(float, torch._foreach_norm(changes))) < _SURELY * most:
         return None
-    names = [name for name in update.delta for _ in "ab"] + list(update.extras)
-    for name, change in zip(names, changes, strict=True):
-        if not bool(torch.isfinite(change).all()):
+    for name, own in (*update.delta.items(), *((n, (t,)) for n, t in update.extras.items())):
+        if not all(bool(torch.isfinite(change).all()) for change in own):
             return f"{name} is not finite"
     norm = update_norm(update)
     return None if norm <= most else f"its norm is {norm:.3g}, above {most:.3g}"

@@ -1,5 +1,6 @@
 """The low-rank pair of one layer, and what a valid index set is."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class LoRAWeights(NamedTuple):
         return self.lora_a.nbytes + self.lora_b.nbytes
 
 
-Adapters = dict[str, LoRAWeights]
+Adapters = Mapping[str, LoRAWeights]
 """Module name (as in ``model.named_modules()``) to its low-rank pair."""
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fslora.aggregation import ServerOptimizer, averaged
-from fslora.assignment import client_task, common_rank, first_ranks, first_state
+from fslora.assignment import client_tasks, common_rank, first_ranks, first_state
 from fslora.protocol import (
     POOLED,
     ClientTask,
@@ -46,7 +46,8 @@ def centralised(
         rank = common_rank(state.adapters)
         clients = min(len(cohort), per_round or len(cohort))
         rule = replace(local, steps=local.steps * clients)
-        task = client_task(state, POOLED, first_ranks(list(state.adapters), rank, rank), rule)
+        sketches = first_ranks(list(state.adapters), rank, rank)
+        (task,) = client_tasks(state, {POOLED: sketches}, rule)
         return [replace(task, private=True)]
 
     def aggregate(

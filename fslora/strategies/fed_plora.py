@@ -22,7 +22,7 @@ from fslora.aggregation import ServerOptimizer, averaged
 from fslora.assignment import (
     check_ratios,
     client_key,
-    client_task,
+    client_tasks,
     common_rank,
     first_state,
     gather_rest,
@@ -54,13 +54,14 @@ def fed_plora(
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
         rank = common_rank(state.adapters)
-        tasks = []
+        drawn = {}
         for client_id in cohort:
             key, size = client_key(state, client_id), sketch_size(rank, ratios[client_id])
-            sketches = draw_sketches(key, list(state.adapters), rank, size)
-            task = client_task(state, client_id, sketches, local)
-            tasks.append(replace(task, frozen=gather_rest(state.adapters, sketches)))
-        return tasks
+            drawn[client_id] = draw_sketches(key, list(state.adapters), rank, size)
+        return [
+            replace(task, frozen=gather_rest(state.adapters, task.sketches))
+            for task in client_tasks(state, drawn, local)
+        ]
 
     def aggregate(
         state: ServerState, tasks: Sequence[ClientTask], updates: Iterable[ClientUpdate]

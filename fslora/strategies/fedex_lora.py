@@ -24,7 +24,7 @@ from fslora.aggregation import (
     mean_products,
     require_plain_average,
 )
-from fslora.assignment import client_task, common_rank, first_ranks, first_state
+from fslora.assignment import client_tasks, common_rank, first_ranks, first_state
 from fslora.lowrank import stack
 from fslora.protocol import (
     ClientTask,
@@ -58,11 +58,11 @@ def fedex_lora(
         residual = state.base_residual
         return [
             replace(
-                client_task(state, client_id, sketches, local),
+                task,
                 residual=residual,
-                held_bytes=held_bytes(residual, state.client_state.get(client_id, {})),
+                held_bytes=held_bytes(residual, state.client_state.get(task.client_id, {})),
             )
-            for client_id in cohort
+            for task in client_tasks(state, dict.fromkeys(cohort, sketches), local)
         ]
 
     def aggregate(

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from fslora.aggregation import ServerOptimizer, averaged
-from fslora.assignment import client_task, common_rank, first_ranks, without_tail
+from fslora.assignment import client_tasks, common_rank, first_ranks, without_tail
 from fslora.protocol import (
     Adapters,
     ClientTask,
@@ -72,7 +72,7 @@ def _at(ratio: float, local: LocalRule, optimizer: ServerOptimizer, lr: float) -
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
         rank = common_rank(state.adapters)
         sketches = first_ranks(list(state.adapters), rank, sketch_size(rank, ratio))
-        return [client_task(state, client_id, sketches, local) for client_id in cohort]
+        return client_tasks(state, dict.fromkeys(cohort, sketches), local)
 
     def aggregate(
         state: ServerState, tasks: Sequence[ClientTask], updates: Iterable[ClientUpdate]

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fslora.aggregation import ServerOptimizer, averaged
-from fslora.assignment import client_task, common_rank, first_ranks, first_state
+from fslora.assignment import client_tasks, common_rank, first_ranks, first_state
 from fslora.protocol import (
     ClientTask,
     ClientUpdate,
@@ -49,8 +49,8 @@ def ffa_lora(
         sketches = first_ranks(list(state.adapters), rank, rank)
         seeded = sum(pair.lora_a.nbytes for pair in state.adapters.values())
         return [
-            replace(client_task(state, client_id, sketches, local), held_bytes=seeded)
-            for client_id in cohort
+            replace(task, held_bytes=seeded)
+            for task in client_tasks(state, dict.fromkeys(cohort, sketches), local)
         ]
 
     def aggregate(

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fslora.aggregation import ServerOptimizer, mean_heads, mean_products, require_plain_average
-from fslora.assignment import check_ratios, client_task, common_rank, first_ranks, first_state
+from fslora.assignment import check_ratios, client_tasks, common_rank, first_ranks, first_state
 from fslora.lowrank import truncated
 from fslora.protocol import (
     ClientTask,
@@ -50,15 +50,11 @@ def flexlora(
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
         rank, modules = common_rank(state.adapters), list(state.adapters)
-        return [
-            client_task(
-                state,
-                client_id,
-                first_ranks(modules, rank, sketch_size(rank, ratios[client_id])),
-                local,
-            )
+        drawn = {
+            client_id: first_ranks(modules, rank, sketch_size(rank, ratios[client_id]))
             for client_id in cohort
-        ]
+        }
+        return client_tasks(state, drawn, local)
 
     def aggregate(
         state: ServerState, tasks: Sequence[ClientTask], updates: Iterable[ClientUpdate]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fslora.aggregation import ServerOptimizer, mean_heads, mean_products, require_plain_average
-from fslora.assignment import check_ratios, client_key, client_task, common_rank, first_ranks
+from fslora.assignment import check_ratios, client_key, client_tasks, common_rank, first_ranks
 from fslora.protocol import (
     Adapters,
     ClientTask,
@@ -62,7 +62,12 @@ def flora(
         return grown(state, [], given)
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
-        return [_task(state, client_id, ratios[client_id], local) for client_id in cohort]
+        rank, modules = common_rank(state.adapters), list(state.adapters)
+        drawn = {
+            client_id: first_ranks(modules, rank, sketch_size(rank, ratios[client_id]))
+            for client_id in cohort
+        }
+        return [_begun_anew(state, task) for task in client_tasks(state, drawn, local)]
 
     def aggregate(
         state: ServerState, tasks: Sequence[ClientTask], updates: Iterable[ClientUpdate]
@@ -77,15 +82,14 @@ def flora(
     return Strategy(init, assign, aggregate)
 
 
-def _task(state: ServerState, client_id: str, ratio: float, local: LocalRule) -> ClientTask:
-    rank, key = common_rank(state.adapters), client_key(state, client_id)
-    sketches = first_ranks(list(state.adapters), rank, sketch_size(rank, ratio))
-    task = client_task(state, client_id, sketches, local)
+def _begun_anew(state: ServerState, task: ClientTask) -> ClientTask:
+    """Give a client another A, which follows from its key, and what the base has gained."""
+    key = client_key(state, task.client_id)
     fresh = {
         name: pair._replace(lora_a=_fresh(pair.lora_a, fold_in(key, "fresh", name)))
         for name, pair in task.adapters.items()
     }
-    known = held_bytes(state.base_residual, state.client_state.get(client_id, {}))
+    known = held_bytes(state.base_residual, state.client_state.get(task.client_id, {}))
     seeded = sum(pair.size_bytes for pair in fresh.values())
     return replace(task, adapters=fresh, residual=state.base_residual, held_bytes=known + seeded)
 

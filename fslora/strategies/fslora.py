@@ -48,10 +48,9 @@ from fslora.aggregation import ServerOptimizer, averaged
 from fslora.assignment import (
     check_ratios,
     client_key,
-    client_task,
+    client_tasks,
     common_rank,
     first_state,
-    gather_each,
     gather_rest,
     inverse_probabilities,
     task_key,
@@ -137,17 +136,16 @@ def fslora(
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
         rank = common_rank(state.adapters)
         sizes = {client_id: sketch_size(rank, ratios[client_id]) for client_id in cohort}
-        sketches, tasks = draw(state, sizes), []
-        for client_id, own in sketches.items():
-            key, ratio = client_key(state, client_id), ratios[client_id]
-            sketches[client_id] = upper_layers(own, key, reach, ratio, depth_min_probability)
-        gathered = gather_each(state.adapters, sketches)
-        for client_id, size in sizes.items():
+        sketches, drawn, tasks = draw(state, sizes), {}, []
+        for client_id in cohort:
+            key, ratio, own = client_key(state, client_id), ratios[client_id], sketches[client_id]
+            drawn[client_id] = upper_layers(own, key, reach, ratio, depth_min_probability)
+        for whole in client_tasks(state, drawn, local):
+            size = sizes[whole.client_id]
             redrawn = size if redraw == "step" and size < rank else 0
-            rule, own = replace(local, redrawn_ranks=redrawn), sketches[client_id]
-            task = client_task(state, client_id, own, rule, gathered[client_id])
+            task = replace(whole, local=replace(local, redrawn_ranks=redrawn))
             if forward == "full":
-                tasks.append(replace(task, frozen=gather_rest(state.adapters, own)))
+                tasks.append(replace(task, frozen=gather_rest(state.adapters, task.sketches)))
             elif sampler == "importance" and size < rank:
                 tasks.append(replace(task, rank_scales=inverse_probabilities(task)))
             else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from fslora.aggregation import ServerOptimizer, averaged
-from fslora.assignment import client_task
+from fslora.assignment import client_tasks
 from fslora.protocol import (
     Adapters,
     ClientTask,
@@ -42,7 +42,7 @@ def head_only(
         return ServerState(round=0, adapters=adapters, extras=extras, key=seed)
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
-        return [client_task(state, client_id, {}, local) for client_id in cohort]
+        return client_tasks(state, {client_id: {} for client_id in cohort}, local)
 
     def aggregate(
         state: ServerState, tasks: Sequence[ClientTask], updates: Iterable[ClientUpdate]

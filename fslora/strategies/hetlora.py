@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 
 from fslora.aggregation import ServerOptimizer, mean_heads, stepped, trained_factors
-from fslora.assignment import check_ratios, client_task, common_rank, first_ranks, first_state
+from fslora.assignment import check_ratios, client_tasks, common_rank, first_ranks, first_state
 from fslora.lowrank import norm, padded, tail_norm
 from fslora.protocol import (
     ClientTask,
@@ -67,13 +67,14 @@ def hetlora(
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
         rank, modules = common_rank(state.adapters), list(state.adapters)
-        tasks = []
+        sizes = {}
         for client_id in cohort:
             pruned = state.client_state.get(client_id, {}).get("rank")
-            size = sketch_size(rank, ratios[client_id]) if pruned is None else int(pruned)
-            sketches = first_ranks(modules, rank, size)
-            tasks.append(client_task(state, client_id, sketches, rule(size)))
-        return tasks
+            ratio = ratios[client_id]
+            sizes[client_id] = sketch_size(rank, ratio) if pruned is None else int(pruned)
+        drawn = {client_id: first_ranks(modules, rank, size) for client_id, size in sizes.items()}
+        tasks = client_tasks(state, drawn, local)
+        return [replace(task, local=rule(sizes[task.client_id])) for task in tasks]
 
     def aggregate(
         state: ServerState, tasks: Sequence[ClientTask], updates: Iterable[ClientUpdate]

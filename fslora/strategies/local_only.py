@@ -15,7 +15,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fslora.aggregation import ServerOptimizer, require_plain_average, trained_factors
-from fslora.assignment import check_ratios, client_task, common_rank, first_ranks, first_state
+from fslora.assignment import check_ratios, client_tasks, common_rank, first_ranks, first_state
 from fslora.lowrank import padded
 from fslora.protocol import (
     Adapters,
@@ -47,14 +47,15 @@ def local_only(
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
         rank, modules = common_rank(state.adapters), list(state.adapters)
-        tasks = []
-        for client_id in cohort:
-            sketches = first_ranks(modules, rank, sketch_size(rank, ratios[client_id]))
-            task = replace(client_task(state, client_id, sketches, local), private=True)
+        drawn = {
+            client_id: first_ranks(modules, rank, sketch_size(rank, ratios[client_id]))
+            for client_id in cohort
+        }
+        tasks = [replace(task, private=True) for task in client_tasks(state, drawn, local)]
+        for place, client_id in enumerate(cohort):
             if client_id in state.client_state:
                 adapters, extras = _own(state, client_id)
-                task = replace(task, adapters=adapters, extras=extras)
-            tasks.append(task)
+                tasks[place] = replace(tasks[place], adapters=adapters, extras=extras)
         return tasks
 
     def aggregate(

@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 
 from fslora.aggregation import ServerOptimizer, averaged, require_plain_average
-from fslora.assignment import client_task, common_rank, first_ranks, first_state
+from fslora.assignment import client_tasks, common_rank, first_ranks, first_state
 from fslora.protocol import (
     ClientTask,
     ClientUpdate,
@@ -63,11 +63,8 @@ def rolora(
         number, rank = state.round + 1, common_rank(state.adapters)
         sketches = first_ranks(list(state.adapters), rank, rank)
         return [
-            replace(
-                client_task(state, client_id, sketches, rules[number % 2]),
-                held_bytes=held(state, client_id, number),
-            )
-            for client_id in cohort
+            replace(task, held_bytes=held(state, task.client_id, number))
+            for task in client_tasks(state, dict.fromkeys(cohort, sketches), rules[number % 2])
         ]
 
     def aggregate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import MethodType
@@ -29,9 +28,6 @@ QUANTISED = (
     "peft.tuners.lora.torchao.TorchaoLoraLinear",
 )
 FUSED_CLASSES: dict[type, type] = {PeftLinear: SketchedLoRALinear}
-
-FusedLayers = Mapping[str, Any]
-"""Fused layers by module name, in the place of a model that is too large to walk through again."""
 
 
 def _fused_class(peft_class: type) -> type | None:
@@ -206,10 +202,8 @@ def unfuse(model: nn.Module) -> None:
         _change_class(layer, type(layer).__bases__[1])
 
 
-def fused_layers(model: nn.Module | FusedLayers) -> FusedLayers:
-    """Return the fused layers by module name; what this returned before is given back."""
-    if not isinstance(model, nn.Module):
-        return model
+def fused_layers(model: nn.Module) -> dict[str, Any]:
+    """Return the fused layers by module name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, SketchedForward)}
 
 

@@ -6,15 +6,15 @@ Modules are named as in ``model.named_modules()``; ``FuseReport.fused`` lists th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from fslora_kernels.nn.fuse import FusedLayers, FuseReport, fuse, fused_layers
+from fslora_kernels.nn.fuse import FuseReport, fuse, fused_layers
 from fslora_kernels.nn.linear import Restriction, beside
 from fslora_kernels.sampling import draw_indices, sketch_size
 from fslora_kernels.weights import Adapters, LoRAWeights, check_devices, check_index, check_whole
@@ -32,6 +32,41 @@ def ranks(model: nn.Module, *, adapter_name: str | None = None) -> dict[str, int
     Raises:
         ValueError: no fused layer has such an adapter.
     """
+    found = slots(model, adapter_name=adapter_name)
+    if not found:
+        wanted = "an active adapter" if adapter_name is None else f"the adapter {adapter_name!r}"
+        raise ValueError(f"no fused layer has {wanted}; call fslora_kernels.fuse(model) first")
+    return {name: slot.rank for name, slot in found.items()}
+
+
+class Slot(NamedTuple):
+    """Where a layer is told what to compute with in the place of an adapter's own factors.
+
+    Attributes:
+        restrictions: the layer's, by adapter name.
+        adapter: the adapter that is meant.
+        rank: R.
+        in_features: D.
+        out_features: E.
+    """
+
+    restrictions: dict[str, Restriction]
+    adapter: str
+    rank: int
+    in_features: int
+    out_features: int
+
+
+def slots(model: nn.Module, *, adapter_name: str | None = None) -> dict[str, Slot]:
+    """Return the slot of every fused layer that has the adapter, by module name.
+
+    ``bind`` and ``unbind`` take them in the place of the model, which saves walking through it and
+    asking each layer, as long as the model and its adapters stay what they are.
+
+    Args:
+        model: a fused model.
+        adapter_name: the adapter that is meant; default the active one.
+    """
     layers = fused_layers(model)
     names = [
         name
@@ -39,24 +74,32 @@ def ranks(model: nn.Module, *, adapter_name: str | None = None) -> dict[str, int
         if adapter_name in layer.r
         or (adapter_name is None and any(active in layer.r for active in layer.active_adapters))
     ]
-    if not names:
-        wanted = "an active adapter" if adapter_name is None else f"the adapter {adapter_name!r}"
-        raise ValueError(f"no fused layer has {wanted}; call fslora_kernels.fuse(model) first")
+    return _slots(layers, names, adapter_name)
+
+
+def _slots(
+    layers: Mapping[str, Any], names: Iterable[str], adapter_name: str | None
+) -> dict[str, Slot]:
     return {
-        name: _rank(layer, adapter)
-        for name, layer, adapter in _named(layers, dict.fromkeys(names), adapter_name)
+        name: Slot(
+            layer.restrictions,
+            adapter,
+            _rank(layer, adapter),
+            layer.in_features,
+            layer.out_features,
+        )
+        for name, layer, adapter in _named(layers, names, adapter_name)
     }
 
 
 def _named(
-    layers: Mapping[str, Any], names: Mapping[str, object], adapter_name: str | None
+    layers: Mapping[str, Any], names: Iterable[str], adapter_name: str | None
 ) -> Iterator[tuple[str, Any, str]]:
     """Yield each named layer with the adapter that is meant."""
     for name in names:
         layer = layers.get(name)
         if layer is None:
-            known = ", ".join(list(layers)[:3]) or "none: call fslora_kernels.fuse(model) first"
-            raise ValueError(f"no fused LoRA layer is named {name!r}; fused layers are {known}, …")
+            raise _unknown(name, layers)
         adapter = adapter_name
         if adapter is None:
             active = [a for a in layer.active_adapters if a in layer.r]
@@ -68,6 +111,11 @@ def _named(
         if adapter not in layer.r or adapter in layer.lora_variant:
             raise ValueError(f"{name} has no plain LoRA adapter {adapter!r}")
         yield name, layer, adapter
+
+
+def _unknown(name: str, layers: Mapping[str, Any]) -> ValueError:
+    known = ", ".join(list(layers)[:3]) or "none: call fslora_kernels.fuse(model) first"
+    return ValueError(f"no fused LoRA layer is named {name!r}; fused layers are {known}, …")
 
 
 def _rank(layer: Any, adapter: str) -> int:  # noqa: ANN401
@@ -147,7 +195,7 @@ def extract(
     Raises:
         ValueError: unknown module, or an index out of range, repeated or not ascending.
     """
-    adapters: Adapters = {}
+    adapters: dict[str, LoRAWeights] = {}
     for name, layer, adapter in _named(fused_layers(model), indices, adapter_name):
         lora_a, lora_b = _factors(layer, adapter)
         index = indices[name]
@@ -163,7 +211,7 @@ def extract(
 
 
 def bind(
-    model: nn.Module | FusedLayers,
+    model: nn.Module | Mapping[str, Slot],
     adapters: Adapters,
     *,
     adapter_name: str | None = None,
@@ -175,7 +223,7 @@ def bind(
     the named adapter alone.
 
     Args:
-        model: a fused model, or its ``fused_layers``, which saves the walk through it.
+        model: a fused model, or its ``slots``, which do not take an ``adapter_name``.
         adapters: module name to ``[S, D]`` and ``[S, E]``, on the layer's device.
         adapter_name: the adapter that is replaced; default the active one.
         scale: of the delta, relative to the layer's own scaling; default rank / S, as a sketch
@@ -185,24 +233,35 @@ def bind(
     Raises:
         ValueError: unknown module, or factors or scales that do not fit the layer.
     """
-    layers = fused_layers(model)
-    named = list(_named(layers, adapters, adapter_name))
-    for name, layer, adapter in named:
-        (rank, *inputs), b_shape = (tuple(factor.shape) for factor in adapters[name])
-        most, wanted = _rank(layer, adapter), (layer.in_features, layer.out_features)
-        if not 0 < rank <= most or inputs != [wanted[0]] or b_shape != (rank, wanted[1]):
-            raise ValueError(
-                f"the leaves of {name} are {(rank, *inputs)} and {b_shape}, but the layer takes "
-                f"[S, {wanted[0]}] and [S, {wanted[1]}] with S at most {most}"
-            )
+    layers: Mapping[str, Any]
+    found: Mapping[str, Slot]
+    if isinstance(model, nn.Module):
+        layers = fused_layers(model)
+        found = _slots(layers, adapters, adapter_name)
+    else:
+        layers = found = model
+    scales: Mapping[str, float | Tensor | None]
     if isinstance(scale, Mapping):
         _check_scales(scale, adapters)
+        scales = scale
+    else:
+        scales = dict.fromkeys(adapters, scale)
+    restrictions = []
+    for name, leaves in adapters.items():
+        slot = found.get(name)
+        if slot is None:
+            raise _unknown(name, layers)
+        own, adapter, rank, d, e = slot
+        a_shape, b_shape = leaves.lora_a.shape, leaves.lora_b.shape
+        if a_shape[1:] != (d,) or b_shape != (a_shape[0], e) or not 0 < a_shape[0] <= rank:
+            raise ValueError(
+                f"the leaves of {name} are {tuple(a_shape)} and {tuple(b_shape)}, but the layer "
+                f"takes [S, {d}] and [S, {e}] with S at most {rank}"
+            )
+        restrictions.append((own, adapter, Restriction(None, leaves, rank, scales[name])))
     _unrestrict(layers, adapter_name)
-    for name, layer, adapter in named:
-        own = scale[name] if isinstance(scale, Mapping) else scale
-        layer.restrictions[adapter] = Restriction(
-            leaves=adapters[name], rank=_rank(layer, adapter), scale=own
-        )
+    for own, adapter, restriction in restrictions:
+        own[adapter] = restriction
 
 
 def _check_scales(scales: Mapping[str, Tensor], adapters: Adapters) -> None:
@@ -217,9 +276,13 @@ def _check_scales(scales: Mapping[str, Tensor], adapters: Adapters) -> None:
         check_devices(leaves.lora_a.device, f"the leaves of {name}", scale=given)
 
 
-def unbind(model: nn.Module | FusedLayers) -> None:
-    """Let every layer use its own full factors again (clears sketches too)."""
-    _unrestrict(fused_layers(model), None)
+def unbind(model: nn.Module | Mapping[str, Slot]) -> None:
+    """Let every layer use its own full factors again (clears sketches too).
+
+    Args:
+        model: a fused model, or its ``slots``.
+    """
+    _unrestrict(fused_layers(model) if isinstance(model, nn.Module) else model, None)
 
 
 def _unrestrict(layers: Mapping[str, Any], adapter_name: str | None) -> None:

@@ -84,7 +84,7 @@ def test_one_call_gives_the_bits_of_folding_updates_one_at_a_time():
     index = factors[0]["index"].split(case.sketch_sizes)
     pairs = zip(*(factor["rows"].split(case.sketch_sizes) for factor in factors), strict=True)
     tasks = [
-        SimpleNamespace(client_id=client, sketches={"layer": Sketch(ranks, 6)})
+        SimpleNamespace(client_id=client, adapters={}, sketches={"layer": Sketch(ranks, 6)})
         for client, ranks in enumerate(index)
     ]
     updates = [

@@ -18,8 +18,7 @@ def diagonals(sketches, rank=RANK):
     """[modules, R]: Ω's diagonal, 1/π of what was drawn."""
     found = torch.zeros(len(sketches), rank, dtype=torch.float64)
     for row, sketch in zip(found, sketches.values(), strict=True):
-        weight = sketch.inverse_probability
-        row[sketch.index] = weight[:, 0] if isinstance(weight, torch.Tensor) else weight
+        row[sketch.index] = sketch.inverse_probability
     return found
 
 
