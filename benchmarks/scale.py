@@ -50,7 +50,7 @@ GROWTH: dict[str, list[int]] = {
     "clients": [100, 1_000, 10_000],
     "per_round": [25, 50, 100],
     "rank": [4, 16, 64],
-    "layers": [1, 2, 4],
+    "layers": [1, 2, 3],
     "rounds": [4, 40],
 }
 ORCHESTRATION, STEPS, TOKENS, EVALUATION = (
