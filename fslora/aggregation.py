@@ -19,6 +19,7 @@ from fslora.protocol import (
     Extras,
     LoRAWeights,
     ServerState,
+    ranks_of,
 )
 from fslora.stacks import Kind, Layout, Stacks, places_of, rows_of, stacked
 from fslora.yogi import Yogi
@@ -122,14 +123,15 @@ def _parts(
     task: ClientTask, delta: Stacks, whole: Layout, *, inverse: bool
 ) -> Iterable[tuple[Kind, Tensor, Tensor]]:
     """Return of each kind the rows that a client changed, and where they are in the whole stack."""
-    given, drawn = task.adapters, [task.sketches[name] for name in delta.layout.names]
+    given, names = task.adapters, delta.layout.names
     if isinstance(given, Stacks) and given.places and given.layout == delta.layout:
         places = given.places
     else:
-        ranks = torch.cat([sketch.rows for sketch in drawn])[None]
+        ranks = ranks_of(task.sketches, names)[None]
         places = [found[0] for found in places_of(ranks, delta.layout, whole)]
     changes = delta.tensors
     if inverse:
+        drawn = [task.sketches[name] for name in names]
         weights = rows_of(
             torch.cat([sketch.inverse_probability for sketch in drawn])[None], delta.layout
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 
 import torch
 
@@ -15,6 +16,8 @@ from fslora.protocol import (
     LoRAWeights,
     ServerState,
     Sketch,
+    Sketches,
+    ranks_of,
 )
 from fslora.stacks import Stacks, places_of, stacked
 from fslora_kernels.sampling import sketch_size
@@ -63,7 +66,7 @@ def client_tasks(
             client_id=client_id,
             adapters=gathered[client_id],
             extras={name: tensor.clone() for name, tensor in state.extras.items()},
-            sketches=dict(sketches),
+            sketches=sketches,
             local=local,
             key=task_key(state, client_id),
             nonce=fold_in(client_key(state, client_id), "nonce"),
@@ -77,7 +80,7 @@ def gather_each(adapters: Adapters, drawn: Mapping[str, Mapping[str, Sketch]]) -
     whole = stacked(adapters)
     alike: dict[tuple[tuple[str, int], ...], list[str]] = {}
     for client_id, own in drawn.items():
-        sizes = tuple((name, own[name].size) for name in adapters if name in own)
+        sizes = _sizes(own, adapters)
         alike.setdefault(sizes, []).append(client_id)
     found: dict[str, Stacks] = {}
     for sizes, clients in alike.items():
@@ -85,7 +88,8 @@ def gather_each(adapters: Adapters, drawn: Mapping[str, Mapping[str, Sketch]]) -
             found |= dict.fromkeys(clients, stacked({}))
             continue
         layout = whole.layout.part(dict(sizes))
-        ranks = torch.cat([drawn[client][name].rows for client in clients for name, _ in sizes])
+        names = [name for name, _ in sizes]
+        ranks = torch.cat([ranks_of(drawn[client], names) for client in clients])
         places = places_of(ranks.view(len(clients), -1), layout, whole.layout)
         gathered = [
             whole.tensors[whole.layout.kinds.index(kind)]
@@ -98,6 +102,13 @@ def gather_each(adapters: Adapters, drawn: Mapping[str, Mapping[str, Sketch]]) -
         for client, tensors, rows in zip(clients, each, of_each, strict=True):
             found[client] = Stacks(layout, list(tensors), list(rows))
     return found
+
+
+def _sizes(own: Mapping[str, Sketch], order: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    """Return S of each module that there is a sketch of, in the adapters' order."""
+    if isinstance(own, Sketches) and own.names == tuple(order):
+        return tuple(zip(own.names, repeat(own.index.shape[1]), strict=False))
+    return tuple((name, own[name].size) for name in order if name in own)
 
 
 def gather_rest(adapters: Adapters, sketches: Mapping[str, Sketch]) -> Adapters:
@@ -116,7 +127,7 @@ def gather_rest(adapters: Adapters, sketches: Mapping[str, Sketch]) -> Adapters:
 
 def upper_layers(
     sketches: Mapping[str, Sketch], key: int, depth: Depth, ratio: float, least: float
-) -> dict[str, Sketch]:
+) -> Mapping[str, Sketch]:
     """Keep the sketches of the layers that a client trains: those whose π is above one number.
 
     As π grows from layer to layer, what is kept reaches from one of them to the top.
@@ -132,7 +143,7 @@ def upper_layers(
         Some of the sketches, with π in the probabilities of their ranks.
     """
     if not depth.drawn:
-        return dict(sketches)
+        return sketches
     layers = layers_of(sketches)
     shares = depth.probabilities(len(layers), ratio, least)
     share_of = {name: share for layer, share in zip(layers, shares, strict=True) for name in layer}

@@ -5,7 +5,7 @@ Everything here is frozen data; a strategy is three pure functions over it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
@@ -26,7 +26,9 @@ __all__ = [
     "LocalRule",
     "ServerState",
     "Sketch",
+    "Sketches",
     "Strategy",
+    "ranks_of",
 ]
 
 POOLED = "all clients"
@@ -55,19 +57,6 @@ class Sketch:
         """Refuse an index set that does not fit the rank."""
         if self.index is not None:
             check_index(self.index, self.rank)
-
-    @classmethod
-    def each(cls, index: Tensor, rank: int) -> list[Sketch]:
-        """Make a sketch of each row of ``[n, S]``, all checked at once."""
-        rising = bool((index[:, 1:] > index[:, :-1]).all())
-        rows = index.unbind()  # ten times as fast as to iterate over a tensor
-        if not (rising and int(index.min()) >= 0 and int(index.max()) < rank):
-            return [cls(row, rank) for row in rows]  # says what is wrong
-        sketches = [object.__new__(cls) for _ in rows]
-        for sketch, row in zip(sketches, rows, strict=True):
-            for name, value in (("index", row), ("rank", rank), ("probability", None)):
-                object.__setattr__(sketch, name, value)
-        return sketches
 
     @property
     def size(self) -> int:
@@ -99,6 +88,48 @@ class Sketch:
         if own is None:
             own = torch.full((self.size,), 1 / self.correction, dtype=torch.float64)
         return replace(self, probability=share * own)
+
+
+class Sketches(Mapping[str, Sketch]):
+    """A client's sketches of several modules, all of one size, in one tensor.
+
+    Attributes:
+        names: of the modules.
+        index: int64 ``[modules, S]``, each row as ``Sketch.index``; checked when it is asked for.
+        rank: R.
+    """
+
+    __slots__ = ("index", "names", "rank")
+
+    def __init__(self, names: tuple[str, ...], index: Tensor, rank: int) -> None:
+        self.names = names
+        self.index = index
+        self.rank = rank
+
+    def __getitem__(self, name: str) -> Sketch:
+        """Return a module's sketch."""
+        if name not in self.names:
+            raise KeyError(name)
+        return Sketch(self.index[self.names.index(name)], self.rank)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a module."""
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the modules' names."""
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        """How many modules there are."""
+        return len(self.names)
+
+
+def ranks_of(sketches: Mapping[str, Sketch], names: Collection[str]) -> Tensor:
+    """Return the ranks of modules, one module after the other, int64 ``[ΣS]``."""
+    if isinstance(sketches, Sketches) and sketches.names == tuple(names):
+        return sketches.index.flatten()
+    return torch.cat([sketches[name].rows for name in names])
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +218,7 @@ class ClientTask:
     client_id: str
     adapters: Adapters
     extras: Extras
-    sketches: dict[str, Sketch]
+    sketches: Mapping[str, Sketch]
     local: LocalRule
     key: int
     nonce: int

@@ -15,7 +15,15 @@ from fslora.client import download_bytes, head_bytes, upload_bytes
 from fslora.clock import CRASHED, FAILED, Clock, Plan, Times
 from fslora.errors import StoppedRunError
 from fslora.faults import SLOWDOWN
-from fslora.protocol import ClientFn, ClientTask, ClientUpdate, Engine, ServerState, Strategy
+from fslora.protocol import (
+    ClientFn,
+    ClientTask,
+    ClientUpdate,
+    Engine,
+    ServerState,
+    Strategy,
+    ranks_of,
+)
 from fslora.report.units import format_enough
 from fslora.trust import Limits
 from fslora.validate import NO_LIMITS, counted, quarantined, rejection
@@ -404,13 +412,10 @@ def _round_record(
 
 
 def _coverage(tasks: Sequence[ClientTask]) -> list[float]:
-    sketches = [sketch for task in tasks for sketch in task.sketches.values()]
-    if not sketches:
+    drawn = [task.sketches for task in tasks if task.sketches]
+    if not drawn:
         return []
-    counts = np.zeros(sketches[0].rank)
-    parts = [sketch.index for sketch in sketches if sketch.index is not None]
-    if parts:
-        counts += torch.cat(parts).bincount(minlength=len(counts)).numpy()
-    counts += len(sketches) - len(parts)
+    rank = next(iter(drawn[0].values())).rank
+    counts = torch.cat([ranks_of(own, own) for own in drawn]).bincount(minlength=rank)
     pairs = sum(len(task.sketches.keys() | task.frozen.keys()) for task in tasks)
-    return [round(float(share), 6) for share in counts / pairs]
+    return [round(share, 6) for share in (counts.double() / pairs).tolist()]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fslora.options import Sampler
-from fslora.protocol import Adapters, Sketch
+from fslora.protocol import Adapters, Sketch, Sketches
 from fslora_kernels.sampling import (
     draw_orders,
     draw_systematic,
@@ -17,7 +17,7 @@ from fslora_kernels.sampling import (
 from fslora_kernels.seeds import fold_in
 
 
-def draw_sketches(key: int, modules: Sequence[str], rank: int, size: int) -> dict[str, Sketch]:
+def draw_sketches(key: int, modules: Sequence[str], rank: int, size: int) -> Mapping[str, Sketch]:
     """Draw one index set per module by ``fslora_kernels.sampling.draw_uniform``.
 
     Args:
@@ -39,19 +39,18 @@ def draw_sketches(key: int, modules: Sequence[str], rank: int, size: int) -> dic
 
 def _draw_each(
     keys: Mapping[str, int], modules: Sequence[str], rank: int, sizes: Mapping[str, int]
-) -> dict[str, dict[str, Sketch]]:
+) -> dict[str, Mapping[str, Sketch]]:
     """As ``draw_sketches`` for each client, those of one size in one pass."""
-    sketches: dict[str, dict[str, Sketch]] = {client: {} for client in sizes}
+    sketches: dict[str, Mapping[str, Sketch]] = {client: {} for client in sizes}
+    names = tuple(modules)
     for size in set(sizes.values()):
         own = {client: keys[client] for client in sizes if sizes[client] == size}
         if size == rank:
-            for client in own:
-                sketches[client] = {module: Sketch(None, rank) for module in modules}
+            sketches |= dict.fromkeys(own, dict.fromkeys(names, Sketch(None, rank)))
             continue
-        drawn = draw_uniform_each(list(own.values()), modules, rank, size)
-        each = iter(Sketch.each(drawn.flatten(0, 1), rank))
-        for client in own:
-            sketches[client] = dict(zip(modules, each, strict=False))
+        # To iterate over a tensor takes ten times as long.
+        drawn = draw_uniform_each(list(own.values()), names, rank, size).unbind()
+        sketches |= {c: Sketches(names, each, rank) for c, each in zip(own, drawn, strict=True)}
     return sketches
 
 
@@ -61,7 +60,7 @@ def cohort_sketches(
     sizes: Mapping[str, int],
     adapters: Adapters,
     sampler: Sampler,
-) -> dict[str, dict[str, Sketch]]:
+) -> dict[str, Mapping[str, Sketch]]:
     """Draw the sketches of a round's clients.
 
     With every sampler but "importance" each client's set is uniform over all sets of its size, in
@@ -126,7 +125,7 @@ def draw_steps(key: int, modules: Sequence[str], rank: int, size: int, steps: in
 
 def step_unions(
     keys: Mapping[str, int], sizes: Mapping[str, int], adapters: Adapters, steps: int
-) -> dict[str, dict[str, Sketch]]:
+) -> dict[str, Mapping[str, Sketch]]:
     """Return the ranks that clients which draw anew in every step train in any of them.
 
     About R (1 - (1 - S/R)ᴴ) ranks; each trains in a step with probability S/R.
@@ -141,16 +140,17 @@ def step_unions(
         Client id to module name to sketch.
     """
     modules, rank = list(adapters), next(iter(adapters.values())).rank
-    sketches = {}
+    sketches: dict[str, Mapping[str, Sketch]] = {}
     for client, size in sizes.items():
-        sketches[client] = {module: Sketch(None, rank) for module in modules}
         if size == rank:
+            sketches[client] = dict.fromkeys(modules, Sketch(None, rank))
             continue
-        drawn = draw_steps(keys[client], modules, rank, size, steps)
+        drawn, unions = draw_steps(keys[client], modules, rank, size, steps), {}
         for place, module in enumerate(modules):
             union = torch.unique(drawn[:, place])
             probability = torch.full(union.shape, size / rank, dtype=torch.float64)
-            sketches[client][module] = Sketch(union, rank, probability)
+            unions[module] = Sketch(union, rank, probability)
+        sketches[client] = unions
     return sketches
 
 
@@ -168,16 +168,15 @@ def _by_importance(key: int, adapters: Adapters, size: int) -> dict[str, Sketch]
 
 def _end_to_end(
     orders: torch.Tensor, sizes: Mapping[str, int], modules: Sequence[str]
-) -> dict[str, dict[str, Sketch]]:
+) -> dict[str, Mapping[str, Sketch]]:
     rank, start = orders.shape[1], 0
-    sketches = {}
+    sketches: dict[str, Mapping[str, Sketch]] = {}
     for client in sorted(sizes):
         places = torch.arange(start, start + sizes[client]) % rank
         start += sizes[client]
-        rows = orders[:, places].sort(dim=1).values
-        whole = sizes[client] == rank
-        sketches[client] = {
-            module: Sketch(None if whole else row, rank)
-            for module, row in zip(modules, rows, strict=True)
-        }
+        if sizes[client] == rank:
+            sketches[client] = dict.fromkeys(modules, Sketch(None, rank))
+        else:
+            rows = orders[:, places].sort(dim=1).values
+            sketches[client] = Sketches(tuple(modules), rows, rank)
     return sketches

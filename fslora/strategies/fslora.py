@@ -127,7 +127,7 @@ def fslora(
         ever = reach.ever_trained(adapters)
         return first_state({name: adapters[name] for name in ever}, extras, seed)
 
-    def draw(state: ServerState, sizes: Mapping[str, int]) -> dict[str, dict[str, Sketch]]:
+    def draw(state: ServerState, sizes: Mapping[str, int]) -> dict[str, Mapping[str, Sketch]]:
         if redraw == "round":
             return cohort_sketches(state.key, state.round + 1, sizes, state.adapters, sampler)
         keys = {client_id: task_key(state, client_id) for client_id in sizes}

@@ -6,11 +6,10 @@ import torch
 from fslora import server
 from fslora.aggregation import mean_update
 from fslora.assignment import gather_each
-from fslora.protocol import LoRAWeights, Sketch
+from fslora.protocol import LoRAWeights, Sketch, Sketches, ranks_of
 from fslora.sketch import cohort_sketches
 from fslora.stacks import Stacks, few_tensors, places_of, rows_of, stacked
 from fslora.validate import rejection
-from fslora_kernels.weights import check_index
 
 from .hostile import CLIENTS, honest, small_state
 
@@ -206,21 +205,29 @@ def test_stacks_of_other_modules_are_refused():
         assert reason == "its modules are not those that it was given"
 
 
-def test_sketches_made_together_are_those_made_one_by_one():
-    rows = torch.tensor([[0, 3], [1, 2]])
-    for made, row in zip(Sketch.each(rows, 4), rows, strict=True):
-        alone = Sketch(row, 4)
-        assert_same_bits(made.index, alone.index)
-        assert (made.rank, made.probability) == (alone.rank, alone.probability)
+def test_sketches_in_one_tensor_are_those_of_each_module():
+    index = torch.tensor([[0, 3], [1, 2]])
+    together = Sketches(("a", "b"), index, 4)
+    alone = {name: Sketch(row, 4) for name, row in zip("ab", index, strict=True)}
+    assert list(together) == list(alone)
+    assert ("a" in together, "c" in together, len(together)) == (True, False, 2)
+    for name, sketch in together.items():
+        assert_same_bits(sketch.index, alone[name].index)
+        assert (sketch.rank, sketch.probability) == (4, None)
+    with pytest.raises(KeyError):
+        together["c"]
+    for names in ("ab", "ba", "b"):
+        assert_same_bits(ranks_of(together, names), ranks_of(alone, names))
+    every = ranks_of({"a": Sketch(None, 2), "b": Sketch(torch.tensor([1]), 2)}, "ba")
+    assert every.tolist() == [1, 0, 1]
 
 
-@pytest.mark.parametrize("rows", [[[0, 3], [2, 1]], [[0, 1], [1, 1]], [[0, 4]], [[-1, 2]]])
-def test_sketches_made_together_are_checked(rows):
-    with pytest.raises(ValueError, match="the index set") as together:
-        Sketch.each(torch.tensor(rows), 4)
-    with pytest.raises(ValueError, match="the index set") as alone:
-        check_index(torch.tensor(rows[-1]), 4)
-    assert str(together.value) == str(alone.value)
+@pytest.mark.parametrize("row", [[2, 1], [1, 1], [0, 4], [-1, 2]])
+def test_sketches_in_one_tensor_are_checked_as_others_are(row):
+    together = Sketches(("a", "b"), torch.tensor([[0, 1], row]), 4)
+    assert together["a"].size == 2
+    with pytest.raises(ValueError, match="the index set"):
+        together["b"]
 
 
 def test_answers_are_handled_together_where_they_come_quickly(monkeypatch):
