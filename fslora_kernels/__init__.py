@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         ranks,
         scatter,
         sketch,
+        slots,
         unbind,
     )
 
@@ -63,6 +64,7 @@ __all__ = [
     "sketch",
     "sketched_adamw",
     "sketched_linear",
+    "slots",
     "unbind",
     "unfuse",
 ]
@@ -77,6 +79,7 @@ _LAZY = {
         "ranks",
         "scatter",
         "sketch",
+        "slots",
         "unbind",
     ),
     "fslora_kernels.nn.callback": ("SketchCallback", "linear_ratio", "random_ratio"),

@@ -223,29 +223,31 @@ def bind(
     the named adapter alone.
 
     Args:
-        model: a fused model, or its ``slots``, which do not take an ``adapter_name``.
+        model: a fused model, or its ``slots``.
         adapters: module name to ``[S, D]`` and ``[S, E]``, on the layer's device.
-        adapter_name: the adapter that is replaced; default the active one.
+        adapter_name: the adapter that is replaced; default the active one, or that of the slots.
         scale: of the delta, relative to the layer's own scaling; default rank / S, as a sketch
             needs it. Or module name to one for each rank, ``[S]`` on the layer's device, as ranks
             need that were not drawn alike; it is not differentiated.
 
     Raises:
-        ValueError: unknown module, or factors or scales that do not fit the layer.
+        ValueError: unknown module, factors or scales that do not fit the layer, or another adapter
+            than that of the slots.
     """
     layers: Mapping[str, Any]
     found: Mapping[str, Slot]
     if isinstance(model, nn.Module):
         layers = fused_layers(model)
         found = _slots(layers, adapters, adapter_name)
-    else:
+    elif adapter_name is None:
         layers = found = model
-    scales: Mapping[str, float | Tensor | None]
+    else:
+        raise ValueError("slots are of one adapter: give its name to slots(), not to bind()")
     if isinstance(scale, Mapping):
         _check_scales(scale, adapters)
-        scales = scale
-    else:
-        scales = dict.fromkeys(adapters, scale)
+    scales: Mapping[str, float | Tensor | None] = (
+        scale if isinstance(scale, Mapping) else dict.fromkeys(adapters, scale)
+    )
     restrictions = []
     for name, leaves in adapters.items():
         slot = found.get(name)

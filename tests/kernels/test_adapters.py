@@ -228,3 +228,36 @@ def test_hot_swapping_to_a_larger_rank(base, tmp_path):
     fslora_kernels.bind(model, fslora_kernels.extract(model, dict.fromkeys(names)))
     fslora_kernels.sketch(other, None)
     torch.testing.assert_close(model(X), other(X))
+
+
+@pytest.mark.parametrize("name", [None, "default", "second"])
+def test_what_is_bound_to_slots_is_what_is_bound_to_the_model(two, name):
+    model, _ = two
+    model.base_model.set_adapter(name or "default")
+    rank = 2 if name == "second" else 4
+    slots = fslora_kernels.slots(model, adapter_name=name)
+    assert {each.rank for each in slots.values()} == {rank}
+    indices = {module: torch.tensor([1]) for module in fslora_kernels.modules(model)}
+    leaves = fslora_kernels.extract(model, indices, adapter_name=name)
+    whole = model(X)
+    fslora_kernels.bind(model, leaves, adapter_name=name)
+    wanted = model(X)
+    fslora_kernels.unbind(model)
+    assert torch.equal(model(X), whole)
+    fslora_kernels.bind(slots, leaves)
+    assert torch.equal(model(X), wanted)
+    assert not torch.equal(whole, wanted)
+    fslora_kernels.unbind(slots)
+    assert torch.equal(model(X), whole)
+
+
+def test_slots_are_asked_for_what_they_are(two):
+    model, _ = two
+    slots = fslora_kernels.slots(model)
+    leaves = fslora_kernels.extract(model, dict.fromkeys(slots))
+    with pytest.raises(ValueError, match=r"give its name to slots\(\)"):
+        fslora_kernels.bind(slots, leaves, adapter_name="second")
+    with pytest.raises(ValueError, match="no fused LoRA layer is named 'other'"):
+        fslora_kernels.bind(slots, {**leaves, "other": next(iter(leaves.values()))})
+    assert all(not slot.restrictions for slot in slots.values())
+    assert fslora_kernels.slots(model, adapter_name="third") == {}
