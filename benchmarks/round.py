@@ -34,7 +34,8 @@ from fslora.engines import sequential
 from fslora.models import take_state
 from fslora.prepare import Run, prepare
 from fslora.protocol import ClientFn, ClientTask, ClientUpdate, LoRAWeights, ServerState
-from fslora.server import RoundRecord, run_round
+from fslora.records import RoundRecord
+from fslora.server import run_round
 from fslora_kernels.seeds import fold_in
 
 TOLERANCE = 1e-4  # of a client's mean loss: the same arithmetic, in another order

@@ -40,7 +40,7 @@ from fslora.data.causal_lm import CausalLM
 from fslora.errors import StoppedRunError
 from fslora.models import take_state
 from fslora.protocol import LoRAWeights
-from fslora.server import RoundRecord
+from fslora.records import RoundRecord
 from fslora_kernels.nn.peft import slots
 
 Cell = dict[str, Any]

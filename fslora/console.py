@@ -19,9 +19,9 @@ from rich.progress import (
 from rich.table import Table
 
 from fslora.config import SimulateConfig
+from fslora.records import ClientRecord, RoundRecord
 from fslora.report import comparison_tables, format_bytes
 from fslora.report.units import format_seconds
-from fslora.server import ClientRecord, RoundRecord
 from fslora.simulate import Watcher
 
 _AMPLE = 1000  # columns: any table fits

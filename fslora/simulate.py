@@ -22,7 +22,8 @@ from fslora.models import model_source, take_state
 from fslora.prepare import Run, examples_of, limits_of, make_client, make_clock, prepare
 from fslora.privacy import epsilon
 from fslora.protocol import ServerState
-from fslora.server import ClientRecord, DivergedError, RoundRecord, rounds
+from fslora.records import ClientRecord, RoundRecord
+from fslora.server import DivergedError, rounds
 from fslora.settings import continued, merged, read_settings, why_taken
 from fslora.summary import summarise
 

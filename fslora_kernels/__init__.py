@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from fslora_kernels.nn.peft import (
         bind,
         extract,
-        get_sketched_peft_model,
         ranks,
         scatter,
         sketch,
         slots,
         unbind,
     )
+    from fslora_kernels.nn.wrap import get_sketched_peft_model
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -75,13 +75,13 @@ _LAZY = {
     "fslora_kernels.nn.peft": (
         "bind",
         "extract",
-        "get_sketched_peft_model",
         "ranks",
         "scatter",
         "sketch",
         "slots",
         "unbind",
     ),
+    "fslora_kernels.nn.wrap": ("get_sketched_peft_model",),
     "fslora_kernels.nn.callback": ("SketchCallback", "linear_ratio", "random_ratio"),
 }
 

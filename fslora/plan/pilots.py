@@ -13,7 +13,7 @@ from fslora import checkpoint
 from fslora.config import SimulateConfig, Target
 from fslora.plan.bound import Curve
 from fslora.plan.settings import NO_CLOCK, PlanConfig
-from fslora.server import RoundRecord
+from fslora.records import RoundRecord
 from fslora.simulate import Watcher, checked_folder, simulate
 from fslora_kernels.seeds import fold_in
 

@@ -10,7 +10,8 @@ from transformers import TrainerCallback, TrainerState
 
 from fslora_kernels.nn.fuse import fuse, fused_layers
 from fslora_kernels.nn.linear import Restriction
-from fslora_kernels.nn.peft import needs_all_ranks, ranks, sketch
+from fslora_kernels.nn.peft import ranks, sketch
+from fslora_kernels.nn.wrap import needs_all_ranks
 from fslora_kernels.sampling import draw_indices, sketch_size
 from fslora_kernels.seeds import fold_in
 
