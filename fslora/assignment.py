@@ -170,6 +170,17 @@ def first_ranks(modules: Sequence[str], rank: int, size: int) -> dict[str, Sketc
     return {module: Sketch(index, rank) for module in modules}
 
 
+def first_ranks_each(
+    adapters: Adapters, ratios: Mapping[str, float], cohort: Iterable[str]
+) -> dict[str, dict[str, Sketch]]:
+    """Return for each client the sketches that select the first S ranks, S/R being its ratio."""
+    rank, modules = common_rank(adapters), list(adapters)
+    return {
+        client_id: first_ranks(modules, rank, sketch_size(rank, ratios[client_id]))
+        for client_id in cohort
+    }
+
+
 def common_rank(adapters: Adapters) -> int:
     """Return R, which all modules share."""
     return next(iter(adapters.values())).rank

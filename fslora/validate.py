@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from fslora.trust import Limits
 
 NO_LIMITS = Limits()
 _MOST_LOSS = torch.finfo(torch.float32).max  # of a cohort the sum is finite
-_SURELY = 0.9  # of a limit: below it however the squares of a norm are rounded and summed
+_ROUNDING = 1e-6  # more than two ways to sum a norm's squares can differ by
 
 
 def rejection(task: ClientTask, update: ClientUpdate, limits: Limits = NO_LIMITS) -> str | None:
@@ -64,21 +65,29 @@ def _largest(dtype: torch.dtype) -> float:
 
 
 def _form_rejection(task: ClientTask, update: ClientUpdate) -> str | None:
-    given, sent = task.adapters, update.delta
-    alike = isinstance(given, Stacks) and isinstance(sent, Stacks) and given.layout == sent.layout
-    if not (alike or sent.keys() == given.keys()) or update.extras.keys() != task.extras.keys():
-        return "its modules are not those that it was given"
-    if isinstance(given, Stacks) and isinstance(sent, Stacks) and alike:
-        for tensor, change in zip(given.tensors, sent.tensors, strict=True):
-            if (reason := _misfit(change, tensor)) is not None:
-                return f"a stack of its factors {reason}"
+    given, sent, trained = task.adapters, update.delta, task.local.trained
+    factors: Iterable[tuple[str, Tensor, Tensor]]
+    if (
+        isinstance(given, Stacks)
+        and isinstance(sent, Stacks)
+        and given.layout == sent.layout
+        and len(given.tensors) == len(sent.tensors)
+        and all(trained)  # or a factor that does not travel would lie in a stack
+    ):
+        factors = zip(repeat("a stack of its factors"), given.tensors, sent.tensors, strict=False)
+    elif sent.keys() == given.keys():
+        factors = (
+            (name, factor if travels else factor[:0], change)
+            for name, pair in given.items()
+            for factor, change, travels in zip(pair, sent[name], trained, strict=True)
+        )
     else:
-        for name, pair in given.items():
-            for factor, change, travels in zip(pair, sent[name], task.local.trained, strict=True):
-                if (reason := _misfit(change, factor if travels else factor[:0])) is not None:
-                    return f"{name} {reason}"
-    for name, tensor in task.extras.items():
-        if (reason := _misfit(update.extras[name], tensor)) is not None:
+        return "its modules are not those that it was given"
+    if update.extras.keys() != task.extras.keys():
+        return "its modules are not those that it was given"
+    heads = ((name, tensor, update.extras[name]) for name, tensor in task.extras.items())
+    for name, tensor, change in chain(factors, heads):
+        if (reason := _misfit(change, tensor)) is not None:
             return f"{name} {reason}"
     return None
 
@@ -98,7 +107,8 @@ def _size_rejection(update: ClientUpdate, most: float) -> str | None:
         return None
     # Finite terms may have a sum that is not; below this no cohort's has, nor its square.
     most = most or min(_largest(change.dtype) for change in changes)
-    if math.hypot(*map(float, torch._foreach_norm(changes))) < _SURELY * most:
+    norms = torch._foreach_norm(changes, 2, dtype=torch.float64)
+    if math.hypot(*map(float, norms)) < (1 - _ROUNDING) * most:
         return None
     for name, own in (*update.delta.items(), *((n, (t,)) for n, t in update.extras.items())):
         if not all(bool(torch.isfinite(change).all()) for change in own):

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fslora.aggregation import ServerOptimizer, mean_heads, mean_products, require_plain_average
-from fslora.assignment import check_ratios, client_tasks, common_rank, first_ranks, first_state
+from fslora.assignment import check_ratios, client_tasks, first_ranks_each, first_state
 from fslora.lowrank import truncated
 from fslora.protocol import (
     ClientTask,
@@ -28,7 +28,6 @@ from fslora.protocol import (
     ServerState,
     Strategy,
 )
-from fslora_kernels.sampling import sketch_size
 
 
 def flexlora(
@@ -49,11 +48,7 @@ def flexlora(
     )
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
-        rank, modules = common_rank(state.adapters), list(state.adapters)
-        drawn = {
-            client_id: first_ranks(modules, rank, sketch_size(rank, ratios[client_id]))
-            for client_id in cohort
-        }
+        drawn = first_ranks_each(state.adapters, ratios, cohort)
         return client_tasks(state, drawn, local)
 
     def aggregate(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fslora.aggregation import ServerOptimizer, mean_heads, mean_products, require_plain_average
-from fslora.assignment import check_ratios, client_key, client_tasks, common_rank, first_ranks
+from fslora.assignment import check_ratios, client_key, client_tasks, first_ranks_each
 from fslora.protocol import (
     Adapters,
     ClientTask,
@@ -35,7 +35,6 @@ from fslora.protocol import (
     Strategy,
 )
 from fslora.residual import grown, held_bytes
-from fslora_kernels.sampling import sketch_size
 from fslora_kernels.seeds import fold_in
 
 
@@ -62,11 +61,7 @@ def flora(
         return grown(state, [], given)
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
-        rank, modules = common_rank(state.adapters), list(state.adapters)
-        drawn = {
-            client_id: first_ranks(modules, rank, sketch_size(rank, ratios[client_id]))
-            for client_id in cohort
-        }
+        drawn = first_ranks_each(state.adapters, ratios, cohort)
         return [_begun_anew(state, task) for task in client_tasks(state, drawn, local)]
 
     def aggregate(

@@ -15,7 +15,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fslora.aggregation import ServerOptimizer, require_plain_average, trained_factors
-from fslora.assignment import check_ratios, client_tasks, common_rank, first_ranks, first_state
+from fslora.assignment import check_ratios, client_tasks, first_ranks_each, first_state
 from fslora.lowrank import padded
 from fslora.protocol import (
     Adapters,
@@ -27,7 +27,6 @@ from fslora.protocol import (
     ServerState,
     Strategy,
 )
-from fslora_kernels.sampling import sketch_size
 
 
 def local_only(
@@ -46,11 +45,7 @@ def local_only(
     require_plain_average("local-only", "has no server step", server_optimizer, server_lr)
 
     def assign(state: ServerState, cohort: Sequence[str]) -> list[ClientTask]:
-        rank, modules = common_rank(state.adapters), list(state.adapters)
-        drawn = {
-            client_id: first_ranks(modules, rank, sketch_size(rank, ratios[client_id]))
-            for client_id in cohort
-        }
+        drawn = first_ranks_each(state.adapters, ratios, cohort)
         tasks = [replace(task, private=True) for task in client_tasks(state, drawn, local)]
         for place, client_id in enumerate(cohort):
             if client_id in state.client_state:

@@ -195,6 +195,17 @@ def test_stacks_that_do_not_fit_are_refused_as_pairs_are(change, reason, number)
     assert reason in rejection(task, forged(update, number % count, change))
 
 
+def test_stacks_with_a_factor_that_does_not_travel_are_refused():
+    strategy, state = small_state("ffa-lora")
+    (task,) = strategy.assign(state, ["two"])
+    assert task.local.trained == (False, True)
+    update = honest(task)
+    assert rejection(task, replace(update, delta=stacked(update.delta))) is None
+    both = {n: LoRAWeights(*map(torch.ones_like, pair)) for n, pair in task.adapters.items()}
+    for delta in (both, stacked(both)):
+        assert "but was" in rejection(task, replace(update, delta=delta))
+
+
 def test_stacks_of_other_modules_are_refused():
     strategy, state = small_state()
     (task,) = strategy.assign(state, ["two"])
