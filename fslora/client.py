@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, compress, islice
+from itertools import compress
 
 import torch
 from torch import nn
@@ -169,10 +169,13 @@ def _batches(examples: Examples, size: int, key: int) -> Iterator[Batch]:
     A client with fewer examples than ``size`` gives them all in each batch.
     """
     generator = torch.Generator().manual_seed(key)
-    passes = iter(lambda: torch.randperm(len(examples), generator=generator).tolist(), None)
-    order = chain.from_iterable(passes)
+    size = min(size, len(examples))
+    order = torch.randperm(len(examples), generator=generator)
     while True:
-        yield examples.take(torch.tensor(list(islice(order, min(size, len(examples))))))
+        yield examples.take(order[:size])
+        order = order[size:]
+        if len(order) < size:
+            order = torch.cat([order, torch.randperm(len(examples), generator=generator)])
 
 
 def _parts(
