@@ -21,6 +21,7 @@ Attack = Literal["none", "sign-flip", "scale", "noise", "wrong-ranks", "label-fl
 ROBUST = ("fslora", "fedit", "fedit-min", "fedit-max", "ffa-lora", "fed-plora", "head-only")
 # They sum changes over participants, and every coordinate that travels may be anybody's.
 PRIVATE = ("fslora", "fedit", "ffa-lora", "head-only")
+_MOST_NOISE = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,11 @@ class Privacy:
             raise ValueError(
                 f"--dp-clip and --dp-noise go together and are positive, got {self.clip} and "
                 f"{self.noise}"
+            )
+        if self.noise > _MOST_NOISE:  # the accountant takes logarithms of what rounds to zero
+            raise ValueError(
+                f"--dp-noise is in units of --dp-clip and at most {_MOST_NOISE:g}, got "
+                f"{self.noise:g}"
             )
         if not 0 < self.delta < 1:
             raise ValueError(f"--dp-delta must be in (0, 1), got {self.delta}")

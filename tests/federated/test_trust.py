@@ -33,6 +33,7 @@ DP = {"dp_clip": 1.0, "dp_noise": 1.0}
         ({"attack": "label-flip"}, "needs classes; use it with --task classification"),
         ({"dp_clip": 1.0}, "without noise use --robust clip"),
         ({"dp_noise": 1.0}, "--dp-clip and --dp-noise go together"),
+        ({**DP, "dp_noise": 1e9}, "--dp-noise is in units of --dp-clip and at most"),
         ({**DP, "dp_delta": 0.0}, "--dp-delta must be in"),
         ({**DP, "averaging": "count"}, "--averaging count divides by what clients trained"),
         ({**DP, "sampler": "importance"}, "--sampler importance weighs a client's ranks"),
