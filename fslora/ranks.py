@@ -29,7 +29,14 @@ class SameRanks:
         self, task: ClientTask, leaves: Stacks, frozen: Adapters, head: Sequence[nn.Parameter]
     ) -> None:
         """Take a client's own ranks, the frozen ones of its task, and its heads."""
-        self.parameters: list[Tensor] = [*filter(Tensor.numel, leaves.tensors), *head]
+        trained = list(filter(Tensor.numel, leaves.tensors))
+        # Before the layers see them. What is not there to be added to is kept until the end of the
+        # backward pass, a small tensor for each factor between the large ones that are freed.
+        self._gradients = [torch.zeros_like(tensor) for tensor in trained]
+        for tensor, gradient in zip(trained, self._gradients, strict=True):
+            tensor.grad = gradient
+        self._head = head
+        self.parameters: list[Tensor] = [*trained, *head]
         used: Adapters = leaves
         if not all(task.local.trained):
             used = {name: _whole(task.adapters[name], pair) for name, pair in leaves.items()}
@@ -38,7 +45,9 @@ class SameRanks:
 
     def begin(self, _step: int) -> tuple[Adapters, Adapters]:
         """Forget the gradients; return the ranks that train, and those frozen beside them."""
-        for parameter in self.parameters:
+        for gradient in self._gradients:
+            gradient.zero_()
+        for parameter in self._head:
             parameter.grad = None
         return self._used
 
@@ -69,7 +78,7 @@ class RedrawnRanks:
     ) -> None:
         """Take a client's own ranks, which are trained in place, the frozen ones, its heads."""
         self._rule, self._frozen = task.local, frozen
-        self._union = {n: LoRAWeights(*(t.detach() for t in p)) for n, p in leaves.items()}
+        self._union = leaves
         device = next(iter(self._union.values())).lora_a.device
         self._rows = [
             {name: rows.to(device) for name, rows in drawn.items()} for drawn in step_rows(task)

@@ -76,9 +76,9 @@ class Layout:
 class Stacks(Mapping[str, LoRAWeights]):
     """Adapters in stacks; as a mapping, module name to views of them.
 
-    A view is not one to autograd (``torch.unsafe_split``), so that an optimizer may step the
-    stacks in place while layers keep the views. A module that took no part in a loss has a
-    gradient all the same, of zeros.
+    Where the stacks have gradients, the views are leaves whose gradients are parts of them: what a
+    backward pass finds is added there at once, and an optimizer steps the stacks. To autograd they
+    are no views (``torch.unsafe_split``), and so may be stepped below what the layers hold.
 
     Attributes:
         layout: what is where.
@@ -118,7 +118,12 @@ class Stacks(Mapping[str, LoRAWeights]):
     def _split(self) -> dict[str, LoRAWeights]:
         parts: list[Tensor] = []
         for group, tensor in zip(self.layout.groups, self.tensors, strict=True):
-            parts += torch.unsafe_split_with_sizes(tensor, group.rows)
+            own = torch.unsafe_split_with_sizes(tensor, group.rows)
+            if tensor.grad is not None:
+                gradients = torch.unsafe_split_with_sizes(tensor.grad, group.rows)
+                for part, gradient in zip(own, gradients, strict=True):
+                    part.requires_grad_().grad = gradient
+            parts += own
         return {name: LoRAWeights(parts[a], parts[b]) for name, a, b in self.layout.numbers}
 
 

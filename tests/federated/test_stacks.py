@@ -88,14 +88,14 @@ def test_an_optimizer_steps_the_stacks_and_layers_see_it_through_the_views():
     stacks = stacked(adapters)
     leaves = {n: LoRAWeights(*(t.clone().requires_grad_() for t in p)) for n, p in adapters.items()}
     for tensor in stacks.tensors:
-        tensor.requires_grad_()
+        tensor.grad = torch.zeros_like(tensor)
     optimizers = [
         torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
         for parameters in (stacks.tensors, [t for pair in leaves.values() for t in pair])
     ]
     for _ in range(3):
         for optimizer, pairs in zip(optimizers, (stacks, leaves), strict=True):
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
             sum((factor**3).sum() for pair in pairs.values() for factor in pair).backward()
             optimizer.step()
     for name, pair in leaves.items():
