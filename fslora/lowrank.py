@@ -1,11 +1,13 @@
 """Sums, norms and truncations of low-rank products, computed without ever forming a product.
 
-A pair ``[K, D]``, ``[K, E]`` stands for the matrix BA = Σₖ bₖ aₖᵀ, ``[E, D]``.
+A pair ``[K, D]``, ``[K, E]`` stands for the matrix BA = Σₖ bₖ aₖᵀ, ``[E, D]``. One of as many ranks
+as that matrix has may be the matrix itself, beside an identity.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -54,6 +56,34 @@ def truncated(pair: LoRAWeights, rank: int) -> LoRAWeights:
     return LoRAWeights(
         lora_a.to(pair.lora_a.dtype).contiguous(), lora_b.to(pair.lora_b.dtype).contiguous()
     )
+
+
+def product(pair: LoRAWeights) -> Tensor:
+    """Return BA itself, ``[E, D]``; nothing is multiplied by an identity."""
+    a, b = pair
+    if _is_identity(a):
+        return b.t()
+    return a if _is_identity(b) else b.t() @ a
+
+
+def as_matrix(pairs: Sequence[LoRAWeights]) -> LoRAWeights:
+    """Return the sum of the pairs' products as one matrix, beside an identity as the other factor.
+
+    It has as many ranks as a matrix of its shape can have. Summed in float64, returned in the
+    pairs' type.
+    """
+    products = (product(LoRAWeights(*(t.double() for t in pair))) for pair in pairs)
+    matrix = reduce(torch.add, products).to(pairs[0].lora_a.dtype)
+    one = torch.eye(min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
+    if matrix.shape[1] <= matrix.shape[0]:
+        return LoRAWeights(one, matrix.t().contiguous())
+    return LoRAWeights(matrix, one)
+
+
+def _is_identity(factor: Tensor) -> bool:
+    rows, width = factor.shape
+    one = torch.eye(rows, dtype=factor.dtype, device=factor.device) if rows == width else None
+    return one is not None and torch.equal(factor, one)
 
 
 def padded(pair: LoRAWeights, rank: int) -> LoRAWeights:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fslora.lowrank import stack, truncated
-from fslora.protocol import Adapters, ClientTask, ServerState
+from fslora.lowrank import as_matrix, product, stack
+from fslora.protocol import Adapters, ClientTask, LoRAWeights, ServerState
 
 _Memory = Mapping[str, Tensor]
 
@@ -24,9 +24,9 @@ _Memory = Mapping[str, Tensor]
 def grown(state: ServerState, tasks: Sequence[ClientTask], addition: Adapters) -> ServerState:
     """Add a product to each base weight.
 
-    A pair with more ranks than a matrix of its shape can have is rewritten with as few as that,
-    by QR, equal up to rounding. Clients then receive it whole again; until then one that took part
-    receives only the rows that came since.
+    A pair with more ranks than a matrix of its shape can have is rewritten as that matrix, equal up
+    to rounding. Clients then receive it whole again; until then one that took part receives only
+    the rows that came since.
 
     Args:
         state: before.
@@ -38,12 +38,12 @@ def grown(state: ServerState, tasks: Sequence[ClientTask], addition: Adapters) -
     """
     residual, rewritten = dict(state.base_residual), set()
     for name, pair in addition.items():
-        both = stack([residual[name], pair]) if name in residual else pair
-        most = min(pair.lora_a.shape[1], pair.lora_b.shape[1])
-        if both.rank > most:
-            both = truncated(both, most)
+        both = [residual[name], pair] if name in residual else [pair]
+        if sum(one.rank for one in both) > min(pair.lora_a.shape[1], pair.lora_b.shape[1]):
+            residual[name] = as_matrix(both)
             rewritten.add(name)
-        residual[name] = both
+        else:
+            residual[name] = stack(both)
     seen: dict[str, dict[str, Tensor]] = {**state.client_state}
     for task in tasks:
         seen[task.client_id] = {n: torch.tensor(p.rank) for n, p in task.residual.items()}
@@ -90,8 +90,8 @@ def applied(model: nn.Module, residual: Adapters) -> Iterator[None]:
             for name, pair in residual.items():
                 weight_ED, scale = weights[name]
                 kept[name] = weight_ED.clone()
-                a, b = (t.to(weight_ED.device) for t in pair)
-                weight_ED.copy_(weight_ED + scale * (b.t() @ a))
+                addition_ED = product(LoRAWeights(*(t.to(weight_ED.device) for t in pair)))
+                weight_ED.copy_(weight_ED + scale * addition_ED)
         yield
     finally:
         with torch.no_grad():

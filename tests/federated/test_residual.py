@@ -6,8 +6,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fslora_kernels
-from fslora.lowrank import norm, stack, tail_norm
-from fslora.residual import applied
+from fslora.assignment import first_state
+from fslora.lowrank import as_matrix, norm, product, stack, tail_norm
+from fslora.protocol import LoRAWeights
+from fslora.residual import applied, grown
 
 from .worlds import dense, pair, peft_model
 
@@ -23,6 +25,29 @@ def test_stacks_norms_and_tails_equal_the_dense_ones():
         + two.lora_b[1:].norm() * two.lora_a[1:].norm()
     )
     torch.testing.assert_close(tail_norm({"x": one, "y": two}, 1), wanted)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(5, 7), (7, 5), (6, 6)])
+def test_a_product_that_has_become_a_matrix_is_summed_and_used_as_one(inputs, outputs):
+    pairs = [pair(rank, inputs, outputs, rank) for rank in (3, 9)]
+    whole = as_matrix(pairs)
+    assert whole.rank == min(inputs, outputs)
+    wanted = dense(pairs[0]) + dense(pairs[1])
+    torch.testing.assert_close(dense(whole), wanted)
+    assert torch.equal(product(whole), dense(whole))
+    torch.testing.assert_close(product(pairs[1]), dense(pairs[1]))
+    torch.testing.assert_close(product(as_matrix([whole, pairs[0]])), wanted + dense(pairs[0]))
+
+
+def test_a_residual_grows_exactly_and_never_beyond_a_matrix():
+    state, wanted, ranks = first_state({}, {}, seed=0), torch.zeros(7, 5), []
+    for number in range(6):
+        addition = LoRAWeights(*(factor.float() for factor in pair(2, 5, 7, number)))
+        state, wanted = grown(state, [], {"x": addition}), wanted + dense(addition)
+        ranks.append(state.base_residual["x"].rank)
+        torch.testing.assert_close(product(state.base_residual["x"]), wanted)
+        assert state.base_residual["x"].lora_a.dtype == torch.float32
+    assert ranks == [2, 4, 5, 5, 5, 5]
 
 
 def test_a_residual_on_transposed_weights_adds_what_it_says():
