@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fslora.data.lazy import LazyExamples, NamedExamples
 from fslora.data.tasks import Examples
 from fslora.protocol import ClientFn, ClientTask, ClientUpdate
 from fslora.robust import mapped, scaled, update_norm
@@ -50,6 +51,8 @@ def poisoned(
 ) -> Mapping[str, Examples]:
     """Return everybody's examples, with the classes of hostile clients reversed by "label-flip".
 
+    A client's are asked for when it is, and not before.
+
     Args:
         threat: the attack.
         examples: client id to its examples.
@@ -58,12 +61,15 @@ def poisoned(
     """
     if threat.attack != "label-flip":
         return examples
-    return {
-        client: Examples({**own.tensors, "labels": classes - 1 - own.tensors["labels"]})
-        if client in attackers
-        else own
-        for client, own in examples.items()
-    }
+    names = list(examples)
+
+    def own(place: int) -> Examples:
+        found = examples[names[place]]
+        if names[place] not in attackers:
+            return found
+        return Examples({**found.tensors, "labels": classes - 1 - found.tensors["labels"]})
+
+    return NamedExamples(names, LazyExamples(len(names), own))
 
 
 def hostile(threat: Threat, client: ClientFn, attackers: frozenset[str]) -> ClientFn:

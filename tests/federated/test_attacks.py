@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fslora.attacks import draw_attackers, hostile, poisoned
+from fslora.data.lazy import LazyExamples, NamedExamples
 from fslora.data.tasks import Examples
 from fslora.robust import update_norm
 from fslora.trust import Threat
@@ -83,3 +84,18 @@ def test_labels_are_reversed_for_the_hostile_alone():
     assert bad["two"].tensors["input_ids"] is labels
     assert bad["one"] is own["one"]
     assert poisoned(Threat("scale"), own, LIARS, 3) == own
+
+
+def test_labels_are_reversed_when_a_client_is_asked():
+    asked = []
+
+    def encode(place):
+        asked.append(place)
+        return Examples({"labels": torch.tensor([0, 1])})
+
+    named = NamedExamples(CLIENTS, LazyExamples(len(CLIENTS), encode))
+    bad = poisoned(Threat("label-flip"), named, LIARS, 2)
+    assert asked == []
+    assert bad["three"].tensors["labels"].tolist() == [1, 0]
+    assert bad["three"] is bad["three"]
+    assert [CLIENTS[place] for place in asked] == ["three"]
