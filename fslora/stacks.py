@@ -7,7 +7,7 @@ tensor, whether A or B, like the rows of one tall factor, and the pairs of modul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain
@@ -99,9 +99,11 @@ class Stacks(Mapping[str, LoRAWeights]):
 
     def __getitem__(self, name: str) -> LoRAWeights:
         """Return a module's pair."""
-        if self._views is None:
-            self._views = self._split()
-        return self._views[name]
+        return self._pairs()[name]
+
+    def items(self) -> ItemsView[str, LoRAWeights]:
+        """Return the modules' names with their pairs."""
+        return self._pairs().items()
 
     def __contains__(self, name: object) -> bool:
         """Whether there is such a module."""
@@ -114,6 +116,11 @@ class Stacks(Mapping[str, LoRAWeights]):
     def __len__(self) -> int:
         """How many modules there are."""
         return len(self.layout.names)
+
+    def _pairs(self) -> dict[str, LoRAWeights]:
+        if self._views is None:
+            self._views = self._split()
+        return self._views
 
     def _split(self) -> dict[str, LoRAWeights]:
         parts: list[Tensor] = []
