@@ -1,4 +1,4 @@
-"""Sums, norms and truncations of low-rank products, computed without ever forming a product.
+"""Sums, norms and truncations of low-rank products, computed from the factors.
 
 A pair ``[K, D]``, ``[K, E]`` stands for the matrix BA = Σₖ bₖ aₖᵀ, ``[E, D]``. One of as many ranks
 as that matrix has may be the matrix itself, beside an identity.

@@ -29,14 +29,8 @@ class SameRanks:
         self, task: ClientTask, leaves: Stacks, frozen: Adapters, head: Sequence[nn.Parameter]
     ) -> None:
         """Take a client's own ranks, the frozen ones of its task, and its heads."""
-        trained = list(filter(Tensor.numel, leaves.tensors))
-        # Before the layers see them. What is not there to be added to is kept until the end of the
-        # backward pass, a small tensor for each factor between the large ones that are freed.
-        self._gradients = [torch.zeros_like(tensor) for tensor in trained]
-        for tensor, gradient in zip(trained, self._gradients, strict=True):
-            tensor.grad = gradient
-        self._head = head
-        self.parameters: list[Tensor] = [*trained, *head]
+        self._gradients, self._head = leaves.require_gradients(), head
+        self.parameters: list[Tensor] = [*filter(Tensor.numel, leaves.tensors), *head]
         used: Adapters = leaves
         if not all(task.local.trained):
             used = {name: _whole(task.adapters[name], pair) for name, pair in leaves.items()}

@@ -1,4 +1,4 @@
-"""What a strategy adds to the frozen base weights, kept as a low-rank pair for each layer.
+"""What a strategy adds to the frozen base weights: a pair for each layer, of low rank at first.
 
 Its unit is the adapter's: the layer computes with W₀ + (α/R) BA. So no strategy needs to know α,
 and the scale of what is merged is that of what was trained.
@@ -6,7 +6,7 @@ and the scale of what is merged is that of what was trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,17 +16,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fslora.lowrank import as_matrix, product, stack
-from fslora.protocol import Adapters, ClientTask, LoRAWeights, ServerState
-
-_Memory = Mapping[str, Tensor]
+from fslora.protocol import POOLED, Adapters, ClientTask, LoRAWeights, ServerState
 
 
 def grown(state: ServerState, tasks: Sequence[ClientTask], addition: Adapters) -> ServerState:
     """Add a product to each base weight.
 
     A pair with more ranks than a matrix of its shape can have is rewritten as that matrix, equal up
-    to rounding. Clients then receive it whole again; until then one that took part receives only
-    the rows that came since.
+    to rounding. A client that took part before receives only the rows that came since, whichever
+    way the server keeps them: it adds them to what it has.
 
     Args:
         state: before.
@@ -34,38 +32,46 @@ def grown(state: ServerState, tasks: Sequence[ClientTask], addition: Adapters) -
         addition: module name to what is added, in the adapter's unit.
 
     Returns:
-        The state with the new ``base_residual`` and with what each client has seen of it.
+        The state with the new ``base_residual`` and with how many of the rows that were ever added
+        each client has seen; under ``POOLED`` how many there are.
     """
-    residual, rewritten = dict(state.base_residual), set()
+    residual, added = dict(state.base_residual), _added(state)
+    everything = dict(added)
     for name, pair in addition.items():
         both = [residual[name], pair] if name in residual else [pair]
-        if sum(one.rank for one in both) > min(pair.lora_a.shape[1], pair.lora_b.shape[1]):
-            residual[name] = as_matrix(both)
-            rewritten.add(name)
-        else:
-            residual[name] = stack(both)
-    seen: dict[str, dict[str, Tensor]] = {**state.client_state}
-    for task in tasks:
-        seen[task.client_id] = {n: torch.tensor(p.rank) for n, p in task.residual.items()}
-    seen = {
-        client: {name: rows for name, rows in memory.items() if name not in rewritten}
-        for client, memory in seen.items()
+        most = min(pair.lora_a.shape[1], pair.lora_b.shape[1])
+        whole = sum(one.rank for one in both) > most
+        residual[name] = as_matrix(both) if whole else stack(both)
+        everything[name] = everything.get(name, 0) + pair.rank
+    seen = {task.client_id: {name: added[name] for name in task.residual} for task in tasks}
+    if everything:
+        seen[POOLED] = everything
+    memory = {
+        client: {name: torch.tensor(rows) for name, rows in own.items()}
+        for client, own in seen.items()
     }
-    return replace(state, base_residual=residual, client_state=seen)
+    return replace(state, base_residual=residual, client_state={**state.client_state, **memory})
 
 
-def held_bytes(residual: Adapters, memory: _Memory) -> int:
+def held_bytes(state: ServerState, client_id: str) -> int:
     """Return how many bytes of the residual's factors need not travel to a client.
 
     It has received some rows before, or what is new to it is sent as a matrix ``[E, D]``, wherever
     that is smaller.
     """
-    spared = 0
-    for name, pair in residual.items():
-        received = pair.size_bytes // pair.rank * int(memory.get(name, 0))
+    spared, added = 0, _added(state)
+    seen = state.client_state.get(client_id, {})
+    for name, pair in state.base_residual.items():
+        new = added[name] - int(seen.get(name, 0))
         matrix = pair.lora_a.shape[1] * pair.lora_b[0].nbytes
-        spared += max(received, pair.size_bytes - matrix)
+        spared += pair.size_bytes - min(new * (pair.size_bytes // pair.rank), matrix)
     return spared
+
+
+def _added(state: ServerState) -> dict[str, int]:
+    """How many rows were ever added to each residual; older states know of those it has."""
+    known = state.client_state.get(POOLED, {})
+    return {n: int(known.get(n, pair.rank)) for n, pair in state.base_residual.items()}
 
 
 @contextmanager

@@ -76,9 +76,8 @@ class Layout:
 class Stacks(Mapping[str, LoRAWeights]):
     """Adapters in stacks; as a mapping, module name to views of them.
 
-    Where the stacks have gradients, the views are leaves whose gradients are parts of them: what a
-    backward pass finds is added there at once, and an optimizer steps the stacks. To autograd they
-    are no views (``torch.unsafe_split``), and so may be stepped below what the layers hold.
+    To autograd the views are none (``torch.unsafe_split``), and so an optimizer may step the stacks
+    below what the layers hold.
 
     Attributes:
         layout: what is where.
@@ -116,6 +115,22 @@ class Stacks(Mapping[str, LoRAWeights]):
     def __len__(self) -> int:
         """How many modules there are."""
         return len(self.layout.names)
+
+    def require_gradients(self) -> list[Tensor]:
+        """Let the views be leaves, whose gradients are parts of the stacks' own.
+
+        What a backward pass finds is added there at once: kept until the end of the pass it would
+        be a small tensor for each factor, between the large ones that are freed. A module that took
+        no part in a loss has a gradient all the same, of zeros.
+
+        Returns:
+            The stacks' gradients, zeros.
+        """
+        gradients = [torch.zeros_like(tensor) for tensor in self.tensors]
+        for tensor, gradient in zip(self.tensors, gradients, strict=True):
+            tensor.grad = gradient
+        self._views = None
+        return gradients
 
     def _pairs(self) -> dict[str, LoRAWeights]:
         if self._views is None:

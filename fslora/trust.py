@@ -21,7 +21,7 @@ Attack = Literal["none", "sign-flip", "scale", "noise", "wrong-ranks", "label-fl
 ROBUST = ("fslora", "fedit", "fedit-min", "fedit-max", "ffa-lora", "fed-plora", "head-only")
 # They sum changes over participants, and every coordinate that travels may be anybody's.
 PRIVATE = ("fslora", "fedit", "ffa-lora", "head-only")
-_MOST_NOISE = 1e6
+_NOISE = 1e-6, 1e6  # beyond, the accountant's arithmetic fails, below it in the wrong direction
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +124,11 @@ class Privacy:
                 f"--dp-clip and --dp-noise go together and are positive, got {self.clip} and "
                 f"{self.noise}"
             )
-        if self.noise > _MOST_NOISE:  # the accountant takes logarithms of what rounds to zero
+        least, most = _NOISE
+        if self.noise and not least <= self.noise <= most:
             raise ValueError(
-                f"--dp-noise is in units of --dp-clip and at most {_MOST_NOISE:g}, got "
-                f"{self.noise:g}"
+                f"--dp-noise is in units of --dp-clip, and must be 0 or between {least:g} and "
+                f"{most:g}, got {self.noise:g}"
             )
         if not 0 < self.delta < 1:
             raise ValueError(f"--dp-delta must be in (0, 1), got {self.delta}")

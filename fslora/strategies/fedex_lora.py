@@ -3,12 +3,11 @@
     A ← (1/N) Σᵢ Aᵢ,    B ← (1/N) Σᵢ Bᵢ,    W₀ ← W₀ + s [(1/N) Σᵢ BᵢAᵢ − B A]
 
 so that the effective weight is the exact mean of the clients'. Every client trains all R ranks.
-The residual is kept and sent as the stack of the Bᵢ, Aᵢ and the averaged pair.
+The residual is the stack of the Bᵢ, Aᵢ and the averaged pair, or the matrix where that is smaller.
 
 Bytes of one client and round: up Σ over modules of R (D + E) · itemsize; down that plus Σ over
 modules of min(K (D + E), D E) · itemsize, K = Σ (N + 1) R over the rounds since it last took part
-(the whole residual where it never did, or where more than min(D, E) rows made it worth rewriting).
-Heads whole, each way.
+(all rounds where it never did). Heads whole, each way.
 
 Source: arXiv 2410.09432, without its optional truncation; here clients weigh alike.
 """
@@ -60,7 +59,7 @@ def fedex_lora(
             replace(
                 task,
                 residual=residual,
-                held_bytes=held_bytes(residual, state.client_state.get(task.client_id, {})),
+                held_bytes=held_bytes(state, task.client_id),
             )
             for task in client_tasks(state, dict.fromkeys(cohort, sketches), local)
         ]

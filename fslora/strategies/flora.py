@@ -8,8 +8,8 @@ so the stack needs no scale of its own.
 
 Bytes of one client and round: up Σ over modules of Sᵢ (D + E) · itemsize; down Σ over modules of
 min(K (D + E), D E) · itemsize, K = Σⱼ Sⱼ over the clients of every round since it last took part
-(the whole residual where it never did, or where more than min(D, E) rows made it worth rewriting).
-A fresh adapter follows from the seed and does not travel. Heads whole, each way.
+(of all rounds where it never did). A fresh adapter follows from the seed and does not travel. Heads
+whole, each way.
 
 Source: arXiv 2409.05976; here clients weigh alike, there by their number of examples.
 """
@@ -84,7 +84,7 @@ def _begun_anew(state: ServerState, task: ClientTask) -> ClientTask:
         name: pair._replace(lora_a=_fresh(pair.lora_a, fold_in(key, "fresh", name)))
         for name, pair in task.adapters.items()
     }
-    known = held_bytes(state.base_residual, state.client_state.get(task.client_id, {}))
+    known = held_bytes(state, task.client_id)
     seeded = sum(pair.size_bytes for pair in fresh.values())
     return replace(task, adapters=fresh, residual=state.base_residual, held_bytes=known + seeded)
 

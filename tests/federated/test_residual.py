@@ -37,6 +37,17 @@ def test_a_product_that_has_become_a_matrix_is_summed_and_used_as_one(inputs, ou
     assert torch.equal(product(whole), dense(whole))
     torch.testing.assert_close(product(pairs[1]), dense(pairs[1]))
     torch.testing.assert_close(product(as_matrix([whole, pairs[0]])), wanted + dense(pairs[0]))
+    square = pair(inputs, inputs, outputs, 5)
+    torch.testing.assert_close(product(square), dense(square))
+
+
+def test_a_sum_that_cancels_keeps_its_small_part():
+    large, small = pair(2, 5, 7, 1), pair(2, 5, 7, 2)
+    parts = [
+        LoRAWeights(a.float(), (b * size).float()) for size, (a, b) in ((1e6, large), (1, small))
+    ]
+    back = parts[0]._replace(lora_b=-parts[0].lora_b)
+    torch.testing.assert_close(product(as_matrix([*parts, back])), dense(parts[1]))
 
 
 def test_a_residual_grows_exactly_and_never_beyond_a_matrix():

@@ -87,8 +87,8 @@ def test_an_optimizer_steps_the_stacks_and_layers_see_it_through_the_views():
     adapters = global_adapters()
     stacks = stacked(adapters)
     leaves = {n: LoRAWeights(*(t.clone().requires_grad_() for t in p)) for n, p in adapters.items()}
-    for tensor in stacks.tensors:
-        tensor.grad = torch.zeros_like(tensor)
+    assert not stacks["q"].lora_a.requires_grad
+    stacks.require_gradients()
     optimizers = [
         torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
         for parameters in (stacks.tensors, [t for pair in leaves.values() for t in pair])
@@ -101,6 +101,20 @@ def test_an_optimizer_steps_the_stacks_and_layers_see_it_through_the_views():
     for name, pair in leaves.items():
         for one, other in zip(stacks[name], pair, strict=True):
             torch.testing.assert_close(one, other)
+
+
+def test_a_gradient_is_added_where_it_belongs_before_the_backward_pass_ends():
+    stacks = stacked(global_adapters())
+    gradients = stacks.require_gradients()
+    of = {t.untyped_storage().data_ptr() for t in gradients}
+    for pair in stacks.values():
+        for factor in pair:
+            assert factor.is_leaf
+            assert factor.grad.untyped_storage().data_ptr() in of
+    (stacks["q"].lora_a * 2).sum().backward()
+    (stacks["q"].lora_a * 3).sum().backward()
+    assert_same_bits(stacks["q"].lora_a.grad, torch.full((RANK, 4), 5.0))
+    assert sum(float(t.sum()) for t in gradients) == 5.0 * RANK * 4
 
 
 @pytest.mark.parametrize("sampler", ["uniform", "balanced", "nested"])
