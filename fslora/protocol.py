@@ -276,7 +276,8 @@ class ServerState:
         base_residual: module name to a low-rank pair ``[K, D]`` and ``[K, E]``: the base weight is
             W₀ plus the adapter's own scaling α/R times its product.
         client_state: client id to what the server remembers of it, by name; only of clients that
-            have taken part, and only where a strategy needs it.
+            have taken part, and only where a strategy needs it. Under ``POOLED`` what it counts of
+            them all.
         rejections: client id to how many of its updates were no use, of those with any.
         lost: rounds in a row, up to this one, that nobody's update came of.
     """
