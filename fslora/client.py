@@ -14,6 +14,7 @@ from torch import nn
 import fslora_kernels
 from fslora.data.tasks import Batch, Examples, Objective
 from fslora.lowrank import stack, tail_norm
+from fslora.places import Places
 from fslora.protocol import Adapters, ClientTask, ClientUpdate, Extras, LocalRule, LoRAWeights
 from fslora.ranks import RedrawnRanks, SameRanks
 from fslora.residual import applied
@@ -47,17 +48,20 @@ class LocalTrainer:
 
     def __call__(self, task: ClientTask) -> ClientUpdate:
         """Train for the task's local steps and return the change, on the CPU."""
-        device, layers, own_heads = self._resident
+        device, layers, own_heads, places = self._resident
         examples = self.data[task.client_id]
         received = _that_train(task.adapters, task.local)
-        leaves = _leaves(received, device)
         head = {name: p for name, p in own_heads.items() if name in task.extras}
         with torch.no_grad():
             for name, parameter in head.items():
                 parameter.copy_(task.extras[name])
         frozen = {n: LoRAWeights(*(t.to(device) for t in p)) for n, p in task.frozen.items()}
-        kind = RedrawnRanks if task.local.redrawn_ranks else SameRanks
-        ranks = kind(task, leaves, frozen, list(head.values()))
+        ranks: SameRanks | RedrawnRanks
+        if task.local.redrawn_ranks:
+            ranks = RedrawnRanks(task, received, frozen, list(head.values()), device)
+        else:
+            ranks = places.place(received, list(head.values()), task.local)
+            ranks.take(task, received, frozen)
         try:
             with applied(self.model, task.residual), _seeded(task.key, device):
                 loss = self._train(ranks, examples, task)
@@ -67,24 +71,26 @@ class LocalTrainer:
             round=task.round,
             client_id=task.client_id,
             nonce=task.nonce,
-            delta=_changes(leaves, received),
+            delta=ranks.changes(received),
             extras={n: head[n].detach().cpu() - old for n, old in task.extras.items()},
             num_examples=len(examples),
             metrics={"loss": loss},
         )
 
     @cached_property
-    def _resident(self) -> tuple[torch.device, dict[str, Slot], dict[str, nn.Parameter]]:
-        """Walk through the model once, as it stays what it is: device, slots, heads."""
+    def _resident(
+        self,
+    ) -> tuple[torch.device, dict[str, Slot], dict[str, nn.Parameter], Places]:
+        """Walk through the model once, as it stays what it is: device, slots, heads, places."""
         self.model.train()
         device = next(self.model.parameters()).device
-        return device, slots(self.model), heads(self.model)
+        return device, slots(self.model), heads(self.model), Places(device)
 
     def _train(
         self, ranks: SameRanks | RedrawnRanks, examples: Examples, task: ClientTask
     ) -> float:
         """Run the local steps; return the mean training loss, the penalty not included."""
-        rule, (device, layers, _) = task.local, self._resident
+        rule, (device, layers, _, _) = task.local, self._resident
         batches = _batches(examples, rule.batch_size, fold_in(task.key, "batches"))
         scales = {name: tensor.to(device) for name, tensor in task.rank_scales.items()}
         total = torch.zeros((), device=device)
@@ -94,7 +100,7 @@ class LocalTrainer:
         for step in range(rule.steps):
             leaves, frozen = ranks.begin(step)
             if leaves is not bound:
-                fslora_kernels.bind(layers, leaves, scale=scales or task.scale)
+                ranks.bind(layers, scales or task.scale)
                 bound = leaves
             for batch, parts in _parts(self.task, batches, rule):
                 if frozen:
@@ -113,17 +119,6 @@ class LocalTrainer:
                 nn.utils.clip_grad_norm_(ranks.parameters, rule.clip_norm)
             ranks.end()
         return float(total) / rule.steps
-
-
-@torch.no_grad()
-def _changes(leaves: Stacks, received: Stacks) -> Stacks:
-    """Turn what was trained into its change, in place, and on the CPU."""
-    for leaf in leaves.tensors:
-        leaf.grad = None
-    changes = [leaf.cpu() for leaf in leaves.tensors]
-    if changes:
-        torch._foreach_sub_(changes, received.tensors)
-    return Stacks(received.layout, changes)
 
 
 @contextmanager
@@ -154,13 +149,6 @@ def _that_train(adapters: Adapters, rule: LocalRule) -> Stacks:
         for name, pair in adapters.items()
     }
     return stacked(pairs)
-
-
-def _leaves(received: Stacks, device: torch.device) -> Stacks:
-    """Copy what trains."""
-    cpu = device.type == "cpu"  # where a clone takes three quarters of the time of `to`
-    copies = [t.clone() if cpu else t.to(device, copy=True) for t in received.tensors]
-    return Stacks(received.layout, copies)
 
 
 def _batches(examples: Examples, size: int, key: int) -> Iterator[Batch]:

@@ -8,11 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+import fslora_kernels
 from fslora.lowrank import stack
 from fslora.protocol import Adapters, ClientTask, LocalRule, LoRAWeights
 from fslora.sketch import draw_steps
 from fslora.stacks import Stacks
 from fslora_kernels import sketched_adamw
+from fslora_kernels.nn.peft import Binding, Slot
 
 Rows = dict[str, Tensor]
 """Module name to the places of some ranks among those that a client has, int64 ``[S]``."""
@@ -21,21 +23,37 @@ Rows = dict[str, Tensor]
 class SameRanks:
     """All ranks that a client has, trained in every step.
 
+    Serves one client after another whose factors lie alike: leaves, optimizer and bindings are made
+    once.
+
     Attributes:
         parameters: what the step trains, heads included.
     """
 
     def __init__(
-        self, task: ClientTask, leaves: Stacks, frozen: Adapters, head: Sequence[nn.Parameter]
+        self,
+        leaves: Stacks,
+        gradients: Sequence[Tensor],
+        head: Sequence[nn.Parameter],
+        rule: LocalRule,
     ) -> None:
-        """Take a client's own ranks, the frozen ones of its task, and its heads."""
-        self._gradients, self._head = leaves.require_gradients(), head
+        """Take the memory for the ranks of any client and for their gradients, and the heads."""
+        leaves.require_gradients(gradients)
+        self._leaves, self._gradients, self._head = leaves, gradients, head
         self.parameters: list[Tensor] = [*filter(Tensor.numel, leaves.tensors), *head]
-        used: Adapters = leaves
+        self._optimizer = _optimizer(self.parameters, rule)
+        self._bindings: dict[float, Binding] = {}
+        self._used: tuple[Adapters, Adapters] = leaves, {}
+
+    def take(self, task: ClientTask, received: Stacks, frozen: Adapters) -> None:
+        """Begin with a client's own ranks, and the frozen ones of its task."""
+        self._optimizer.state.clear()
+        for leaf, given in zip(self._leaves.tensors, received.tensors, strict=True):
+            leaf.copy_(given)
+        used: Adapters = self._leaves
         if not all(task.local.trained):
-            used = {name: _whole(task.adapters[name], pair) for name, pair in leaves.items()}
+            used = {name: _whole(task.adapters[name], pair) for name, pair in used.items()}
         self._used = used, frozen
-        self._optimizer = _optimizer(self.parameters, task.local)
 
     def begin(self, _step: int) -> tuple[Adapters, Adapters]:
         """Forget the gradients; return the ranks that train, and those frozen beside them."""
@@ -45,9 +63,25 @@ class SameRanks:
             parameter.grad = None
         return self._used
 
+    def bind(self, layers: Mapping[str, Slot], scale: float | Mapping[str, Tensor]) -> None:
+        """Let the layers compute with the ranks that train."""
+        used, _ = self._used
+        if used is not self._leaves or not isinstance(scale, float):
+            fslora_kernels.bind(layers, used, scale=scale)
+        elif scale in self._bindings:
+            self._bindings[scale].again()
+        else:
+            self._bindings[scale] = fslora_kernels.bind(layers, used, scale=scale)
+
     def end(self) -> None:
         """Step by the gradients."""
         self._optimizer.step()
+
+    def changes(self, received: Stacks) -> Stacks:
+        """Return what became of the ranks, less what they were, and keep nothing of the client."""
+        self._optimizer.state.clear()
+        self._used = self._leaves, {}
+        return _changes(self._leaves, received)
 
 
 def _whole(given: LoRAWeights, trains: LoRAWeights) -> LoRAWeights:
@@ -55,6 +89,13 @@ def _whole(given: LoRAWeights, trains: LoRAWeights) -> LoRAWeights:
     return LoRAWeights(
         *(new if len(new) else old.to(new.device) for old, new in zip(given, trains, strict=True))
     )
+
+
+@torch.no_grad()
+def _changes(leaves: Stacks, received: Stacks) -> Stacks:
+    """Return the change, on the CPU."""
+    both = zip(leaves.tensors, received.tensors, strict=True)
+    return Stacks(received.layout, [leaf.cpu() - given for leaf, given in both])
 
 
 class RedrawnRanks:
@@ -68,12 +109,17 @@ class RedrawnRanks:
     """
 
     def __init__(
-        self, task: ClientTask, leaves: Stacks, frozen: Adapters, head: Sequence[nn.Parameter]
+        self,
+        task: ClientTask,
+        received: Stacks,
+        frozen: Adapters,
+        head: Sequence[nn.Parameter],
+        device: torch.device,
     ) -> None:
-        """Take a client's own ranks, which are trained in place, the frozen ones, its heads."""
+        """Copy a client's own ranks; take the frozen ones and its heads."""
         self._rule, self._frozen = task.local, frozen
-        self._union = leaves
-        device = next(iter(self._union.values())).lora_a.device
+        copies = [tensor.to(device, copy=True) for tensor in received.tensors]
+        self._union = Stacks(received.layout, copies)
         self._rows = [
             {name: rows.to(device) for name, rows in drawn.items()} for drawn in step_rows(task)
         ]
@@ -97,6 +143,10 @@ class RedrawnRanks:
             parameter.grad = None
         return self._drawn, beside
 
+    def bind(self, layers: Mapping[str, Slot], scale: float | Mapping[str, Tensor]) -> None:
+        """Let the layers compute with the ranks that train in this step."""
+        fslora_kernels.bind(layers, self._drawn, scale=scale)
+
     @torch.no_grad()
     def end(self) -> None:
         """Step the rows that the step's ranks were taken from, by their gradients."""
@@ -107,6 +157,10 @@ class RedrawnRanks:
                     memory.update(factor, drawn.grad, rows, self._rule)
         if self._head_optimizer is not None:
             self._head_optimizer.step()
+
+    def changes(self, received: Stacks) -> Stacks:
+        """Return what became of the ranks, less what they were."""
+        return _changes(self._union, received)
 
 
 class _Memory:

@@ -7,7 +7,7 @@ tensor, whether A or B, like the rows of one tall factor, and the pairs of modul
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain
@@ -116,21 +116,19 @@ class Stacks(Mapping[str, LoRAWeights]):
         """How many modules there are."""
         return len(self.layout.names)
 
-    def require_gradients(self) -> list[Tensor]:
+    def require_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Let the views be leaves, whose gradients are parts of the stacks' own.
 
         What a backward pass finds is added there at once: kept until the end of the pass it would
         be a small tensor for each factor, between the large ones that are freed. A module that took
-        no part in a loss has a gradient all the same, of zeros.
+        no part in a loss has a gradient all the same.
 
-        Returns:
-            The stacks' gradients, zeros.
+        Args:
+            gradients: the stacks' gradients, of their shapes.
         """
-        gradients = [torch.zeros_like(tensor) for tensor in self.tensors]
         for tensor, gradient in zip(self.tensors, gradients, strict=True):
             tensor.grad = gradient
         self._views = None
-        return gradients
 
     def _pairs(self) -> dict[str, LoRAWeights]:
         if self._views is None:

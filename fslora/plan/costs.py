@@ -138,8 +138,9 @@ def made_bytes(trainer: LocalTrainer, task: ClientTask) -> int:
     """
     # In the second step the optimizer has its moments.
     short = replace(task, local=replace(task.local, steps=2, accumulation=1), residual={})
+    anew = replace(trainer)  # without what an earlier client was trained in
     with AliveBytes(addresses(_held(trainer, task))) as alive:
-        trainer(short)
+        anew(short)
     peak: int = alive.peak
     return peak
 

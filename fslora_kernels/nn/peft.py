@@ -204,13 +204,33 @@ def extract(
     return adapters
 
 
+class Binding(NamedTuple):
+    """What layers were told to compute with.
+
+    Attributes:
+        layers: all of the model.
+        adapter_name: the adapter that is replaced; None replaces whatever is set.
+        restrictions: a layer's, the adapter, and what is used in its place.
+    """
+
+    layers: Mapping[str, Any]
+    adapter_name: str | None
+    restrictions: list[tuple[dict[str, Restriction], str, Restriction]]
+
+    def again(self) -> None:
+        """Bind the same leaves again, as long as the model and its adapters are what they were."""
+        _unrestrict(self.layers, self.adapter_name)
+        for own, adapter, restriction in self.restrictions:
+            own[adapter] = restriction
+
+
 def bind(
     model: nn.Module | Mapping[str, Slot],
     adapters: Adapters,
     *,
     adapter_name: str | None = None,
     scale: float | Mapping[str, Tensor] | None = None,
-) -> None:
+) -> Binding:
     """Compact mode: let layers compute with these leaves instead of their own factors.
 
     The layer's own parameters are not touched. Replaces what was bound or sketched before, or of
@@ -223,6 +243,9 @@ def bind(
         scale: of the delta, relative to the layer's own scaling; default rank / S, as a sketch
             needs it. Or module name to one for each rank, ``[S]`` on the layer's device, as ranks
             need that were not drawn alike; it is not differentiated.
+
+    Returns:
+        What was bound. Its ``again()`` spares looking at the same leaves once more.
 
     Raises:
         ValueError: unknown module, factors or scales that do not fit the layer, or another adapter
@@ -255,9 +278,9 @@ def bind(
                 f"takes [S, {d}] and [S, {e}] with S at most {rank}"
             )
         restrictions.append((own, adapter, Restriction(None, leaves, rank, scales[name])))
-    _unrestrict(layers, adapter_name)
-    for own, adapter, restriction in restrictions:
-        own[adapter] = restriction
+    binding = Binding(layers, adapter_name, restrictions)
+    binding.again()
+    return binding
 
 
 def _check_scales(scales: Mapping[str, Tensor], adapters: Adapters) -> None:

@@ -88,7 +88,8 @@ def test_an_optimizer_steps_the_stacks_and_layers_see_it_through_the_views():
     stacks = stacked(adapters)
     leaves = {n: LoRAWeights(*(t.clone().requires_grad_() for t in p)) for n, p in adapters.items()}
     assert not stacks["q"].lora_a.requires_grad
-    stacks.require_gradients()
+    gradients = [torch.zeros_like(t) for t in stacks.tensors]
+    stacks.require_gradients(gradients)
     optimizers = [
         torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
         for parameters in (stacks.tensors, [t for pair in leaves.values() for t in pair])
@@ -105,7 +106,8 @@ def test_an_optimizer_steps_the_stacks_and_layers_see_it_through_the_views():
 
 def test_a_gradient_is_added_where_it_belongs_before_the_backward_pass_ends():
     stacks = stacked(global_adapters())
-    gradients = stacks.require_gradients()
+    gradients = [torch.zeros_like(t) for t in stacks.tensors]
+    stacks.require_gradients(gradients)
     of = {t.untyped_storage().data_ptr() for t in gradients}
     for pair in stacks.values():
         for factor in pair:
