@@ -19,9 +19,11 @@ from fslora.protocol import (
     Sketches,
     ranks_of,
 )
-from fslora.stacks import Stacks, places_of, stacked
+from fslora.stacks import Stacks, part_of, places_of, stacked
 from fslora_kernels.sampling import sketch_size
 from fslora_kernels.seeds import fold_in, uniform
+
+_LOCAL = "local"
 
 
 def first_state(adapters: Adapters, extras: Extras, seed: int) -> ServerState:
@@ -46,7 +48,7 @@ def client_key(state: ServerState, client_id: str) -> int:
 
 def task_key(state: ServerState, client_id: str) -> int:
     """Return the key of a client's own draws in the coming round."""
-    return fold_in(client_key(state, client_id), "local")
+    return fold_in(client_key(state, client_id), _LOCAL)
 
 
 def client_tasks(
@@ -59,20 +61,21 @@ def client_tasks(
         drawn: client id to module name to its ranks.
         local: how to train.
     """
-    gathered = gather_each(state.adapters, drawn)
-    return [
-        ClientTask(
+    gathered, tasks = gather_each(state.adapters, drawn), []
+    for client_id, sketches in drawn.items():
+        key = client_key(state, client_id)
+        task = ClientTask(
             round=state.round + 1,
             client_id=client_id,
             adapters=gathered[client_id],
             extras={name: tensor.clone() for name, tensor in state.extras.items()},
             sketches=sketches,
             local=local,
-            key=task_key(state, client_id),
-            nonce=fold_in(client_key(state, client_id), "nonce"),
+            key=fold_in(key, _LOCAL),
+            nonce=fold_in(key, "nonce"),
         )
-        for client_id, sketches in drawn.items()
-    ]
+        tasks.append(task)
+    return tasks
 
 
 def gather_each(adapters: Adapters, drawn: Mapping[str, Mapping[str, Sketch]]) -> dict[str, Stacks]:
@@ -87,7 +90,7 @@ def gather_each(adapters: Adapters, drawn: Mapping[str, Mapping[str, Sketch]]) -
         if not sizes:
             found |= dict.fromkeys(clients, stacked({}))
             continue
-        layout = whole.layout.part(dict(sizes))
+        layout = part_of(whole.layout, sizes)
         names = [name for name, _ in sizes]
         ranks = torch.cat([ranks_of(drawn[client], names) for client in clients])
         places = places_of(ranks.view(len(clients), -1), layout, whole.layout)
@@ -126,7 +129,12 @@ def gather_rest(adapters: Adapters, sketches: Mapping[str, Sketch]) -> Adapters:
 
 
 def upper_layers(
-    sketches: Mapping[str, Sketch], key: int, depth: Depth, ratio: float, least: float
+    sketches: Mapping[str, Sketch],
+    state: ServerState,
+    client_id: str,
+    depth: Depth,
+    ratio: float,
+    least: float,
 ) -> Mapping[str, Sketch]:
     """Keep the sketches of the layers that a client trains: those whose π is above one number.
 
@@ -134,7 +142,8 @@ def upper_layers(
 
     Args:
         sketches: of all modules.
-        key: of the client in the round.
+        state: before the round.
+        client_id: whose.
         depth: what π follows from, with the client's ratio S/R and the least π.
         ratio: likewise.
         least: likewise.
@@ -147,7 +156,7 @@ def upper_layers(
     layers = layers_of(sketches)
     shares = depth.probabilities(len(layers), ratio, least)
     share_of = {name: share for layer, share in zip(layers, shares, strict=True) for name in layer}
-    drawn = uniform(key, "depth")
+    drawn = uniform(client_key(state, client_id), "depth")
     return {
         name: sketch.thinned(share_of[name])
         for name, sketch in sketches.items()

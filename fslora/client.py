@@ -52,9 +52,8 @@ class LocalTrainer:
         examples = self.data[task.client_id]
         received = _that_train(task.adapters, task.local)
         head = {name: p for name, p in own_heads.items() if name in task.extras}
-        with torch.no_grad():
-            for name, parameter in head.items():
-                parameter.copy_(task.extras[name])
+        for name, parameter in head.items():
+            parameter.detach().copy_(task.extras[name])
         frozen = {n: LoRAWeights(*(t.to(device) for t in p)) for n, p in task.frozen.items()}
         ranks: SameRanks | RedrawnRanks
         if task.local.redrawn_ranks:

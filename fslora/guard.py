@@ -78,11 +78,12 @@ class Guarded:
         rule, faults = task.local, self.faults
         struck = self.trainer.task
         for name in ("crash", "nan", "oom"):
+            if not (share := getattr(faults, name)):
+                continue
             # Smaller pieces are another attempt; a crash and a loss are not to depend on them.
             attempt = (rule.pieces,) if name == "oom" else ()
             key = ("fault", name, task.round, task.client_id, *attempt)
-            share = getattr(faults, name)
-            if share and uniform(self.seed, *key) < share:
+            if uniform(self.seed, *key) < share:
                 step = fold_in(self.seed, *key, "step") % rule.steps + 1
                 first = (step - 1) * rule.accumulation * rule.pieces
                 struck = _Struck(struck, first, _STRIKES[name](step, rule.steps))

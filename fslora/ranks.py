@@ -91,7 +91,6 @@ def _whole(given: LoRAWeights, trains: LoRAWeights) -> LoRAWeights:
     )
 
 
-@torch.no_grad()
 def _changes(leaves: Stacks, received: Stacks) -> Stacks:
     """Return the change, on the CPU."""
     both = zip(leaves.tensors, received.tensors, strict=True)

@@ -204,5 +204,5 @@ def _coverage(tasks: Sequence[ClientTask]) -> list[float]:
         return []
     rank = next(iter(drawn[0].values())).rank
     counts = torch.cat([ranks_of(own, own) for own in drawn]).bincount(minlength=rank)
-    pairs = sum(len(task.sketches.keys() | task.frozen.keys()) for task in tasks)
+    pairs = sum(len({*task.sketches, *task.frozen}) for task in tasks)
     return [round(share, 6) for share in (counts.double() / pairs).tolist()]

@@ -61,17 +61,6 @@ class Layout:
         number = {f: n for n, f in enumerate(chain(*(group.factors for group in self.groups)))}
         return [(name, number[name, 0], number[name, 1]) for name in self.names]
 
-    def part(self, sizes: Mapping[str, int]) -> Layout:
-        """Return the layout of some of the modules, each with S ranks."""
-        kinds, groups = [], []
-        for kind, group in zip(self.kinds, self.groups, strict=True):
-            factors = tuple(factor for factor in group.factors if factor[0] in sizes)
-            if factors:
-                kinds.append(kind)
-                groups.append(Group(factors, tuple(sizes[name] for name, _ in factors)))
-        names = tuple(name for name in self.names if name in sizes)
-        return Layout(names, tuple(kinds), tuple(groups))
-
 
 class Stacks(Mapping[str, LoRAWeights]):
     """Adapters in stacks; as a mapping, module name to views of them.
@@ -154,9 +143,9 @@ def stacked(adapters: Adapters, order: Adapters | None = None) -> Stacks:
         adapters: module name to pair.
         order: its names in the order that they are to have, and possibly others; default as is.
     """
-    names = tuple(adapters) if order is None else tuple(n for n in order if n in adapters)
-    if isinstance(adapters, Stacks) and names == adapters.layout.names:
+    if isinstance(adapters, Stacks) and (order is None or tuple(order) == adapters.layout.names):
         return adapters
+    names = tuple(adapters) if order is None else tuple(n for n in order if n in adapters)
     found: dict[Kind, dict[tuple[str, int], Tensor]] = {}
     for name in names:
         for number, factor in enumerate(adapters[name]):
@@ -171,6 +160,20 @@ def few_tensors(adapters: Adapters) -> list[Tensor]:
     if isinstance(adapters, Stacks):
         return adapters.tensors
     return [factor for pair in adapters.values() for factor in pair]
+
+
+@lru_cache(maxsize=256)
+def part_of(whole: Layout, sizes: tuple[tuple[str, int], ...]) -> Layout:
+    """Return the layout of some modules of another layout, each with S ranks."""
+    size_of = dict(sizes)
+    kinds, groups = [], []
+    for kind, group in zip(whole.kinds, whole.groups, strict=True):
+        factors = tuple(factor for factor in group.factors if factor[0] in size_of)
+        if factors:
+            kinds.append(kind)
+            groups.append(Group(factors, tuple(size_of[name] for name, _ in factors)))
+    names = tuple(name for name in whole.names if name in size_of)
+    return Layout(names, tuple(kinds), tuple(groups))
 
 
 @lru_cache(maxsize=256)

@@ -87,8 +87,9 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
-    """Import the PEFT side on first use."""
+    """Import the PEFT side on first use; from then on its names are here."""
     for module, names in _LAZY.items():
         if name in names:
-            return getattr(import_module(module), name)
+            globals()[name] = found = getattr(import_module(module), name)
+            return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

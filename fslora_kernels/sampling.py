@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fslora_kernels.seeds import fold_in, splitmix64, uniform
+from fslora_kernels.seeds import fold_in_each, splitmix64, uniform
 
 
 def sketch_size(rank: int, ratio: float) -> int:
@@ -74,8 +74,8 @@ def draw_orders(key: int, modules: Sequence[str], rank: int) -> Tensor:
 
 
 def _orders(keys: Sequence[int], modules: Sequence[str], rank: int) -> Tensor:
-    folded = np.array([fold_in(key, module) for key in keys for module in modules], dtype=np.uint64)
-    order = np.argsort(splitmix64(folded, rank), axis=1, kind="stable").astype(np.int64)
+    outputs = splitmix64(fold_in_each(keys, modules), rank)
+    order = np.argsort(outputs, axis=1, kind="stable").astype(np.int64)
     return torch.from_numpy(order).view(len(keys), len(modules), rank)
 
 

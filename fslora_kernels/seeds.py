@@ -6,6 +6,7 @@ index sets from the same keys.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -34,6 +35,18 @@ def fold_in(key: int, *path: int | str) -> int:
     parts = [str(key), *(f"#{item}" if isinstance(item, int) else item for item in path)]
     digest = blake2b("\0".join(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def fold_in_each(keys: Iterable[int], names: Sequence[str]) -> NDArray[np.uint64]:
+    """Return ``fold_in(key, name)`` for every key and, of each, every name.
+
+    Returns:
+        ``[keys · names]``, the names of a key one after the other.
+    """
+    ends = [f"\0{name}".encode() for name in names]
+    whole = (str(key).encode() + end for key in keys for end in ends)
+    digests = b"".join(blake2b(each, digest_size=8).digest() for each in whole)
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64) >> np.uint64(1)
 
 
 def uniform(key: int, *path: int | str) -> float:

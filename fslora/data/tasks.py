@@ -31,7 +31,7 @@ class Examples:
     tensors: Batch
 
     def __len__(self) -> int:
-        return len(self.tensors["input_ids"])
+        return self.tensors["input_ids"].shape[0]
 
     def take(self, rows: Tensor) -> Batch:
         """The examples at `rows` [batch] as a batch, its common padding cut off."""

@@ -47,7 +47,6 @@ from dataclasses import replace
 from fslora.aggregation import ServerOptimizer, averaged
 from fslora.assignment import (
     check_ratios,
-    client_key,
     client_tasks,
     common_rank,
     first_state,
@@ -138,18 +137,20 @@ def fslora(
         sizes = {client_id: sketch_size(rank, ratios[client_id]) for client_id in cohort}
         sketches, drawn, tasks = draw(state, sizes), {}, []
         for client_id in cohort:
-            key, ratio, own = client_key(state, client_id), ratios[client_id], sketches[client_id]
-            drawn[client_id] = upper_layers(own, key, reach, ratio, depth_min_probability)
-        for whole in client_tasks(state, drawn, local):
-            size = sizes[whole.client_id]
-            redrawn = size if redraw == "step" and size < rank else 0
-            task = replace(whole, local=replace(local, redrawn_ranks=redrawn))
+            own, ratio = sketches[client_id], ratios[client_id]
+            drawn[client_id] = upper_layers(
+                own, state, client_id, reach, ratio, depth_min_probability
+            )
+        for task in client_tasks(state, drawn, local):
+            size = sizes[task.client_id]
+            rule = replace(local, redrawn_ranks=size) if redraw == "step" and size < rank else local
             if forward == "full":
-                tasks.append(replace(task, frozen=gather_rest(state.adapters, task.sketches)))
+                frozen = gather_rest(state.adapters, task.sketches)
+                tasks.append(replace(task, local=rule, frozen=frozen))
             elif sampler == "importance" and size < rank:
-                tasks.append(replace(task, rank_scales=inverse_probabilities(task)))
+                tasks.append(replace(task, local=rule, rank_scales=inverse_probabilities(task)))
             else:
-                tasks.append(replace(task, scale=rank / size))
+                tasks.append(replace(task, local=rule, scale=rank / size))
         return tasks
 
     def aggregate(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fslora.protocol import LoRAWeights, Sketch
 from fslora.sketch import cohort_sketches, draw_sketches
 from fslora_kernels.sampling import sketch_size
-from fslora_kernels.seeds import fold_in, splitmix64
+from fslora_kernels.seeds import fold_in, fold_in_each, splitmix64
 
 RANK, SIZE = 16, 4
 MODULES = [f"layer.{n}" for n in range(4000)]
@@ -135,3 +135,9 @@ def test_keys_tell_numbers_from_text_and_paths_apart():
     keys = {fold_in(0, 1), fold_in(0, "1"), fold_in(1, 0), fold_in(0, 1, 1), fold_in(0, "1", "1")}
     assert len(keys) == 5
     assert all(0 <= key < 2**63 for key in keys)
+
+
+@given(keys=st.lists(st.integers(0, 2**63 - 1), max_size=3), names=st.lists(st.text(), max_size=3))
+def test_folding_many_at_once_is_folding_each(keys, names):
+    found = fold_in_each(keys, names)
+    assert found.tolist() == [fold_in(key, name) for key in keys for name in names]

@@ -34,6 +34,21 @@ def test_the_norm_is_bounded_where_a_bound_is_set():
     assert rejection(task, update, Limits(max_norm=norm * (1 - 1e-12))), "to the last digits"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_bound_is_held_to_where_the_changes_own_type_sums_badly(dtype):
+    """Equal numbers, many: in float32 their squares' sum falls behind, in halves it is rounded."""
+    count = 30_000_000 if dtype is torch.float32 else 1000
+    head = torch.full((count,), 1e-3 if dtype is torch.float32 else 0.7, dtype=dtype)
+    task, update = pair_of()
+    task = replace(task, adapters={}, sketches={}, extras={"head": torch.zeros_like(head)})
+    update = replace(update, delta={}, extras={"head": head})
+    norm, own = update_norm(update), float(torch._foreach_norm([head], 2)[0])
+    assert own != norm
+    for most in (own / (1 - 5e-3), norm * (1 - 1e-6), norm):
+        reason = rejection(task, update, Limits(max_norm=most))
+        assert (reason is None) == (norm <= most)
+
+
 def test_finite_numbers_whose_sum_is_not_are_refused_without_a_bound():
     task, update = pair_of()
     huge = replace(update, extras={n: torch.full_like(t, 3e38) for n, t in update.extras.items()})
