@@ -28,6 +28,10 @@ def bert(shared, *, rank=8, dtype=torch.float32, **config):
     base = AutoModelForSequenceClassification.from_pretrained(
         shared / "models/all-MiniLM-L6-v2-fp16", num_hidden_layers=2, dtype=dtype
     )
+    with torch.no_grad():  # what the head is drawn from depends on what ran before
+        weight = base.classifier.weight
+        generator = torch.Generator().manual_seed(6)
+        weight.copy_(torch.randn(weight.shape, generator=generator) * 0.02)
     config = {"r": rank, "lora_alpha": 16, "target_modules": BERT_TARGETS, **config}
     return randomised(get_peft_model(base, LoraConfig(**config)))
 

@@ -55,7 +55,7 @@ def test_full_rank_equals_vanilla_peft(build, dtype, shared_data):
     report = fslora_kernels.fuse(fused)
     assert set(report.fused.values()) == {"delta-first"}
     assert not report.left
-    ids = tokens(vanilla)
+    ids = tokens(vanilla, batch=32)  # of a few logits the error is a matter of luck
     got, got_gradients = logits_and_gradients(fused, ids)
     eager, eager_gradients = logits_and_gradients(vanilla, ids)
     want, want_gradients = logits_and_gradients(exact, ids)
