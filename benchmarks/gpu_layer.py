@@ -268,10 +268,10 @@ def memory(setting: Setting) -> Iterator[Row]:
             yield row | {"error": wrong[held.row]}
             continue
         row |= asdict(held)
-        peft = peers.get((held.row.replace("ours", "PEFT"), held.dropout), held)
+        peft = peers.get((decoder.peer_of(held.row), held.dropout), held)
         shares = [
             f"{name} {getattr(held, f'{name}_bytes') / 1e6:9.1f} MB "
             f"({getattr(held, f'{name}_bytes') / max(1, getattr(peft, f'{name}_bytes')):.2f})"
             for name in ("saved", "held", "peak")
         ]
-        yield row | {"line": f"{row['what']:<24} {'   '.join(shares)}   in brackets: of PEFT's"}
+        yield row | {"line": f"{row['what']:<32} {'   '.join(shares)}   in brackets: of PEFT's"}

@@ -1,10 +1,11 @@
 """What a decoder layer with adapters keeps for its backward pass, and how much is alive at most.
 
 One Llama decoder layer with adapters on its seven projections, forward and backward, with and
-without dropout: vanilla PEFT against the same layer after ``fslora_kernels.fuse``. Counted, not
-timed: "saved" is what autograd is handed (each storage once; parameters left out, the layer's input
-counted), "held" is what is alive after the forward pass whoever holds it, its result included.
-Without dropout the results are checked against float64; with it, that two masks differ.
+without dropout: vanilla PEFT against the same layer after ``fslora_kernels.fuse``, the latter also
+with ``recompute=True``. Counted, not timed: "saved" is what the graph keeps for the backward pass
+(each storage once; parameters left out, the layer's input counted), "held" is what is alive after
+the forward pass whoever holds it, its result included. Without dropout the results are checked
+against float64; with it, that two masks differ.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 import fslora_kernels
 from benchmarks.timing import append_record, check_device, provenance
 from fslora.sketch import draw_sketches
-from fslora_kernels.memory import AliveBytes, addresses, saved_storages
+from fslora_kernels.memory import AliveBytes, addresses, kept_storages
 from fslora_kernels.testing import check_error_budget
 
 ALPHA = 16.0
+OURS = {"ours": False, "ours recompute": True}  # whether inputs are made again
 AS_IT_COMES = "PEFT f32 at"  # what get_peft_model makes of a model in half precision
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -143,10 +145,10 @@ class Layer:
                 adapter.lora_B["default"].weight.copy_(lora_b[:, rows])
         return layer.train()
 
-    def ours(self, dropout: float, *, full: bool = False) -> nn.Module:
+    def ours(self, dropout: float, *, full: bool = False, recompute: bool = False) -> nn.Module:
         """Return the same layer fused."""
         layer = self.peft(dropout, full=full)
-        fslora_kernels.fuse(layer)
+        fslora_kernels.fuse(layer, recompute=recompute)
         return layer
 
     def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
@@ -174,8 +176,7 @@ def measure(layer: Layer, module: nn.Module, row: str, dropout: float) -> Held:
     """Count what one forward and backward pass keeps."""
     x, dy = layer.input(), layer.dy.to(layer.size.device, getattr(torch, layer.size.dtype))
     known = addresses([*module.parameters(), *module.buffers(), dy])
-    with saved_storages(known) as saved:
-        layer.forward(module, x)
+    saved = kept_storages(layer.forward(module, x), known)
     with AliveBytes({*known, *addresses([x])}) as alive:
         y = layer.forward(module, x)
         held = alive.now
@@ -194,21 +195,23 @@ def measure(layer: Layer, module: nn.Module, row: str, dropout: float) -> Held:
 def errors(layer: Layer, dropout: float) -> dict[str, str]:
     """Return what is wrong with our rows, by name."""
     wrong = {}
-    for row, full in (("ours at R", True), ("ours at S", False)):
-        try:
-            _check(layer, dropout, full=full)
-        except Exception as error:  # a row that fails is shown as red
-            wrong[row] = f"{type(error).__name__}: {error}"
+    for name, recompute in OURS.items():
+        for rank, full in (("R", True), ("S", False)):
+            try:
+                _check(layer, dropout, full=full, recompute=recompute)
+            except Exception as error:  # a row that fails is shown as red
+                wrong[f"{name} at {rank}"] = f"{type(error).__name__}: {error}"
     return wrong
 
 
-def _check(layer: Layer, dropout: float, *, full: bool) -> None:
+def _check(layer: Layer, dropout: float, *, full: bool, recompute: bool) -> None:
     vanilla = layer.peft(0.0, full=full)
     eager = layer.results(vanilla)
     exact = layer.results(vanilla.double(), torch.float64)
-    for name, value in layer.results(layer.ours(0.0, full=full)).items():
+    ours = layer.ours(0.0, full=full, recompute=recompute)
+    for name, value in layer.results(ours).items():
         check_error_budget(value, eager[name], exact[name], name=name)
-    dropped = layer.ours(dropout, full=full)
+    dropped = layer.ours(dropout, full=full, recompute=recompute)
     first, second = (layer.results(dropped)["y"] for _ in range(2))
     if dropout and torch.equal(first, second):
         raise AssertionError("dropout drops nothing: two masks give one result")
@@ -223,23 +226,31 @@ def rows(layer: Layer, dropouts: Sequence[float]) -> Iterator[Held]:
                 module = layer.peft(dropout, full=full, as_it_comes=True)
                 yield measure(layer, module, f"{AS_IT_COMES} {rank}", dropout)
         for full, rank in ((True, "R"), (False, "S")):
-            for name, build in (("PEFT", layer.peft), ("ours", layer.ours)):
-                yield measure(layer, build(dropout, full=full), f"{name} at {rank}", dropout)
+            yield measure(layer, layer.peft(dropout, full=full), f"PEFT at {rank}", dropout)
+            for name, recompute in OURS.items():
+                module = layer.ours(dropout, full=full, recompute=recompute)
+                yield measure(layer, module, f"{name} at {rank}", dropout)
+
+
+def peer_of(row: str) -> str:
+    """The row of PEFT that one of ours is held against; any other row's own name."""
+    name, _, rank = row.rpartition(" at ")
+    return f"PEFT at {rank}" if name in OURS else row
 
 
 def table(found: Sequence[Held], wrong: dict[str, str]) -> str:
     """Lay the rows out, each with its share of PEFT's at the same rank and dropout."""
     base = found[0]
     lines = [
-        f"{'row':<13}{'dropout':>7}{'saved kB':>17}{'beyond base kB':>23}{'held kB':>17}"
+        f"{'row':<20}{'dropout':>7}{'saved kB':>17}{'beyond base kB':>23}{'held kB':>17}"
         f"{'peak kB':>17}"
     ]
     peers = {(row.row, row.dropout): row for row in found}
     for row in found:
         if row.row in wrong:
-            lines.append(f"{row.row:<13}{row.dropout:>7g}   red: {wrong[row.row]}")
+            lines.append(f"{row.row:<20}{row.dropout:>7g}   red: {wrong[row.row]}")
             continue
-        peer = peers.get((row.row.replace("ours", "PEFT"), row.dropout), row)
+        peer = peers.get((peer_of(row.row), row.dropout), row)
         cells = [
             (row.saved_bytes, peer.saved_bytes, 9),
             (row.saved_bytes - base.saved_bytes, peer.saved_bytes - base.saved_bytes, 15),
@@ -250,10 +261,10 @@ def table(found: Sequence[Held], wrong: dict[str, str]) -> str:
             f"{mine / 1e3:>{width}.0f} {f'({mine / theirs:.2f})' if theirs else '':<7}"
             for mine, theirs, width in cells
         )
-        lines.append(f"{row.row:<13}{row.dropout:>7g}{shares}")
+        lines.append(f"{row.row:<20}{row.dropout:>7g}{shares}")
     for (name, dropout), mine in peers.items():
-        rival = peers.get((name.replace("ours at", AS_IT_COMES), dropout))
-        if name.startswith("ours") and rival is not None and name not in wrong:
+        rival = peers.get((peer_of(name).replace("PEFT at", AS_IT_COMES), dropout))
+        if peer_of(name) != name and rival is not None and name not in wrong:
             saved, peak = mine.saved_bytes / rival.saved_bytes, mine.peak_bytes / rival.peak_bytes
             lines.append(
                 f"{name}, dropout {dropout:g}, over PEFT as it comes (float32 factors): "

@@ -114,8 +114,8 @@ class SimulateConfig:
         device: cpu, cuda, cuda:0 …, or auto.
         dtype: of the base model; the adapter is always float32.
         implementation: of the fused layer: auto, torch or triton.
-        threads: CPU threads of one matrix product; 0 leaves torch's choice. 1 is best for small
-            models, and wherever the cores are shared.
+        recompute: save memory, for a little time: what is behind RMSNorm and SwiGLU is not kept.
+        threads: CPU threads of a matrix product; 0 leaves torch's choice; 1 on shared cores.
         layers: keep only the base model's first layers, which the adapter is for; 0 keeps all.
         eval_every: evaluate every n-th round (and the last); local-only is evaluated at the end.
         eval_sketched: evaluate fslora also under sketches like the cohort's, which more than
@@ -212,6 +212,7 @@ class SimulateConfig:
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     implementation: Literal["auto", "torch", "triton"] = "auto"
+    recompute: bool = False
     threads: int = 0
     layers: int = 0
     eval_every: int = 1

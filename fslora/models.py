@@ -156,7 +156,7 @@ def load_model(
     if not classifying:
         _check_causal(model, config.model)  # says more of an encoder than that it lacks weights
         check_complete(config, base, fresh)
-    fslora_kernels.fuse(model, config.implementation)
+    fslora_kernels.fuse(model, config.implementation, recompute=config.recompute)
     _check_fused(model, config)
     return model
 

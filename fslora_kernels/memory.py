@@ -44,6 +44,36 @@ def saved_storages(known: set[int]) -> Iterator[dict[int, int]]:
         yield saved
 
 
+def kept_storages(result: Tensor, known: set[int]) -> dict[int, int]:
+    """Return what the graph of a result keeps for the backward pass, each storage once.
+
+    As ``saved_storages`` finds, but from the graph afterwards, so that nothing which depends on
+    hooks computes otherwise.
+
+    Args:
+        result: of a forward pass that was recorded.
+        known: as there.
+
+    Returns:
+        Address to bytes.
+    """
+    kept: dict[int, int] = {}
+    seen: set[Any] = set()
+    left: list[Any] = [result.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        left += [before for before, _ in node.next_functions]
+        names = [name for name in dir(node) if name.startswith("_saved_")]
+        saved = [*(getattr(node, name) for name in names), *getattr(node, "saved_tensors", ())]
+        for tensor in tree_leaves(saved):
+            if isinstance(tensor, Tensor) and tensor.ndim and address(tensor) not in known:
+                kept[address(tensor)] = tensor.untyped_storage().nbytes()
+    return kept
+
+
 class AliveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every storage that an operation makes until it is freed, on any device.
 

@@ -129,19 +129,25 @@ def _mode(layer: Any) -> str:  # noqa: ANN401
     return "delta-first"
 
 
-def fuse(model: nn.Module, implementation: str | None = None) -> FuseReport:
+def fuse(
+    model: nn.Module, implementation: str | None = None, *, recompute: bool = False
+) -> FuseReport:
     """Make the LoRA layers of a PEFT model compute through ``sketched_linear``.
 
     Works before or in the middle of training: parameters, optimizers, hooks and checkpoints stay
     what they are. Layers that cannot be fused are left as they are and listed in the report, as
     are those that run their own base layer first (mode "accumulate"): quantised, offloaded, hooked
     or parametrized ones; and those whose active adapter is itself offloaded or hooked, or of a
-    variant, which PEFT computes (mode "vanilla"). Calling it again changes the implementation, and
+    variant, which PEFT computes (mode "vanilla"). Calling it again changes these choices, and
     fuses layers that an adapter which came later has added.
 
     Args:
         model: a ``peft.PeftModel``, or any module with PEFT LoRA layers in it.
         implementation: "torch", "triton", or None for "auto".
+        recompute: save memory, for some time: inputs that are products of what autograd keeps
+            anyway, as behind RMSNorm and SwiGLU, are multiplied out again in the backward pass
+            instead of being kept for it. Results are the same to the bit. Other inputs are kept as
+            before; with gradient checkpointing, and inside ``torch.compile``, all are left to that.
 
     Returns:
         What was fused, in which mode, what not and why.
@@ -173,7 +179,7 @@ def fuse(model: nn.Module, implementation: str | None = None) -> FuseReport:
                 continue
             _change_class(layer, FUSED_CLASSES[type(layer)])
             layer.restrictions = {}
-        layer.implementation = implementation
+        layer.implementation, layer.recompute = implementation, recompute
         fused[name] = _mode(layer)
     return FuseReport(fused, left, implementation or "auto")
 
@@ -198,7 +204,7 @@ def unfuse(model: nn.Module) -> None:
                 "fused one; undo that first, as by: del layer.forward"
             )
     for layer in layers.values():
-        del layer.restrictions, layer.implementation
+        del layer.restrictions, layer.implementation, layer.recompute
         _change_class(layer, type(layer).__bases__[1])
 
 

@@ -90,10 +90,12 @@ class SketchedForward:
 
     Attributes:
         implementation: what ``sketched_linear`` is asked to use.
+        recompute: whether an input is made again in the backward pass where it can be.
         restrictions: adapter name to what is used instead of its full factors.
     """
 
     implementation: str | None
+    recompute: bool
     restrictions: dict[str, Restriction]
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
@@ -240,6 +242,16 @@ def _add_adapter(
     drop = layer.lora_dropout[name]
     dropout = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
     delta = unchecked(
-        x, weight, lora_a, lora_b, index, bias, scale, dropout, None, layer.implementation
+        x,
+        weight,
+        lora_a,
+        lora_b,
+        index,
+        bias,
+        scale,
+        dropout,
+        None,
+        layer.implementation,
+        recompute=layer.recompute,
     )
     return delta if y is None else y + delta.to(y.dtype)

@@ -32,9 +32,9 @@ def needs_all_ranks(config: PeftConfig) -> str | None:
     )
 
 
-def _fused(model: nn.Module, implementation: str | None) -> FuseReport:
+def _fused(model: nn.Module, implementation: str | None, *, recompute: bool) -> FuseReport:
     """Fuse a model of which at least one layer has to be fused."""
-    report = fuse(model, implementation)
+    report = fuse(model, implementation, recompute=recompute)
     if not report.fused:
         raise ValueError(f"no LoRA layer of this model can be fused, so none can sketch: {report}")
     return report
@@ -48,6 +48,7 @@ def get_sketched_peft_model(
     ratio: float = 1.0,
     seed: int = 0,
     implementation: str | None = None,
+    recompute: bool = False,
     **arguments: Any,  # noqa: ANN401
 ) -> PeftModel:
     """Wrap a model by ``peft.get_peft_model``, fuse it, and set a sketch: three steps in one.
@@ -61,6 +62,7 @@ def get_sketched_peft_model(
             nothing does, see ``sketch`` for what has to be scaled before the model is saved.
         seed: of the index sets.
         implementation: as ``fuse`` takes it.
+        recompute: likewise.
         arguments: passed on to ``peft.get_peft_model``.
 
     Returns:
@@ -88,7 +90,7 @@ def get_sketched_peft_model(
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     wrapped = get_peft_model(model, peft_config, adapter_name, **arguments)
     try:
-        report = _fused(wrapped, implementation)
+        report = _fused(wrapped, implementation, recompute=recompute)
     except (ValueError, NotImplementedError):
         if not adapted:
             del model.peft_config

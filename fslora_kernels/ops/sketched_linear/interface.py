@@ -101,15 +101,29 @@ def unchecked(
     dropout: float,
     seed: int | None,
     implementation: str | None,
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """Compute ``sketched_linear`` for arguments that fit together, as a layer's own do.
 
-    The arguments are those of ``op.Arguments``: B is rank-major ``[rank, out_features]``.
+    The arguments are those of ``op.Arguments``: B is rank-major ``[rank, out_features]``. With
+    ``recompute`` x is not kept for the backward pass where that can make it again (outside of
+    ``torch.compile``, which decides on that itself).
     """
     x = in_compute_dtype(x)
     if widens(x, lora_a, lora_b):
         delta = unchecked(
-            x.float(), None, lora_a, lora_b, index, None, gain, dropout, seed, implementation
+            x.float(),
+            None,
+            lora_a,
+            lora_b,
+            index,
+            None,
+            gain,
+            dropout,
+            seed,
+            implementation,
+            recompute=recompute,
         )
         return plus_base(delta, x, weight, bias)
     traced = is_traced(x)
@@ -122,7 +136,7 @@ def unchecked(
     arguments = Arguments(rows(x), weight, lora_a, lora_b, index, bias, gain, dropout, seed)
     if traced:
         return unrows(traceable(arguments, implementation), x)
-    return compute(x, arguments, implementation)
+    return compute(x, arguments, implementation, recompute=recompute)
 
 
 def _drawn_seed(x: Tensor) -> int:

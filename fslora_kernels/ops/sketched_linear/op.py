@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fslora_kernels import _dispatch
 from fslora_kernels._autograd import first_order, fresh_unrows, rows, unrows, without_values
+from fslora_kernels._recompute import Recipe, made, recipe
 from fslora_kernels.ops.sketched_linear import backend_torch
 
 
@@ -100,13 +101,21 @@ def choose(arguments: Arguments, requested: str | None) -> _dispatch.Choice:
     return _dispatch.choose(BACKENDS, arguments, arguments.x.device.type, requested)
 
 
-def compute(x: Tensor, arguments: Arguments, requested: str | None) -> Tensor:
+def compute(
+    x: Tensor, arguments: Arguments, requested: str | None, *, recompute: bool = False
+) -> Tensor:
     """Run one call on the backend that is chosen for it: ``[..., E]``, differentiable.
 
-    The arguments' x are the rows of x.
+    The arguments' x are the rows of x. With ``recompute`` they are made again in the backward pass,
+    if they can be.
     """
     implementation = choose(arguments, requested).implementation
-    if implementation == "torch" and backend_torch.differentiates_itself(arguments):
+    again = recipe(x) if recompute else None
+    if (
+        again is None
+        and implementation == "torch"
+        and backend_torch.differentiates_itself(arguments)
+    ):
         return unrows(backend_torch.differentiable(arguments), x)
     y: Tensor = SketchedLinear.apply(  # type: ignore[no-untyped-call]
         x,
@@ -116,6 +125,7 @@ def compute(x: Tensor, arguments: Arguments, requested: str | None) -> Tensor:
         arguments.bias,
         arguments,
         implementation,
+        again,
     )
     return y
 
@@ -147,6 +157,7 @@ class SketchedLinear(torch.autograd.Function):
         bias: Tensor | None,
         arguments: Arguments,
         implementation: str,
+        again: Recipe | None,
     ) -> Tensor:
         gain, dropout, seed = arguments.gain, arguments.dropout, arguments.seed
         y_TE, kept = backend(implementation).forward(arguments)
@@ -155,10 +166,11 @@ class SketchedLinear(torch.autograd.Function):
         # A checkpoint computes what is saved again, perhaps from another seed: it goes with h.
         # To a generator 2⁶⁴ − s is −s, which an int64 can hold.
         seed_tensor = torch.tensor(_signed(seed or 0), device="cpu") if dropout else None
-        x_saved = arguments.x if needs_a or needs_weight else None
+        needs_values = needs_a or needs_weight
+        made_of = again.tensors if needs_values and again is not None else ()
         h, *others = kept
         ctx.save_for_backward(
-            x_saved,
+            arguments.x if needs_values and not made_of else None,
             weight,
             lora_a,
             lora_b,
@@ -167,7 +179,9 @@ class SketchedLinear(torch.autograd.Function):
             seed_tensor,
             h if needs_b else None,
             *others,
+            *made_of,
         )
+        ctx.kept, ctx.steps = len(kept), None if again is None else again.steps
         ctx.gain = None if gain_tensor is not None else gain
         ctx.dropout, ctx.implementation = dropout, implementation
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -176,20 +190,23 @@ class SketchedLinear(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, D102
-        x_TD, weight, lora_a, lora_b, index, gain_tensor, seed_tensor, *kept = ctx.saved_tensors
+        x_TD, weight, lora_a, lora_b, index, gain_tensor, seed_tensor, *rest = ctx.saved_tensors
+        kept, made_of = tuple(rest[: ctx.kept]), tuple(rest[ctx.kept :])
         gain = ctx.gain if gain_tensor is None else gain_tensor
         seed = 0 if seed_tensor is None else int(seed_tensor)
         dy_TE = rows(dy)
-        if x_TD is None:
+        if made_of:
+            x_TD = rows(made(ctx.steps, made_of))
+        elif x_TD is None:
             x_TD = without_values(dy_TE, lora_a.shape[1])
         arguments = Arguments(x_TD, weight, lora_a, lora_b, index, None, gain, ctx.dropout, seed)
         needs_x, needs_weight, needs_a, needs_b, needs_bias, *_ = ctx.needs_input_grad
         dx, da, db = backend(ctx.implementation).backward(
-            arguments, tuple(kept), dy_TE, (needs_x, needs_a, needs_b)
+            arguments, kept, dy_TE, (needs_x, needs_a, needs_b)
         )
         dweight = torch.mm(dy_TE.t(), x_TD).to(weight.dtype) if needs_weight else None
         dbias = dy_TE.sum(0).to(ctx.bias_dtype) if needs_bias else None
-        return (None if dx is None else unrows(dx, dy)), dweight, da, db, dbias, None, None
+        return (None if dx is None else unrows(dx, dy)), dweight, da, db, dbias, None, None, None
 
 
 @dataclass(frozen=True, slots=True)
