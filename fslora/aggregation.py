@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Literal
 
 import torch
@@ -26,7 +25,6 @@ from fslora.yogi import Yogi
 
 ServerOptimizer = Literal["fedavg", "fedavgm", "fedadam", "fedadamw", "fedyogi"]
 Tensors = dict[str, Tensor]
-_BLOCK = 16  # updates that are in memory at a time
 
 
 def in_task_order(
@@ -53,13 +51,6 @@ def in_task_order(
         yield tasks[number], waiting[number]
 
 
-def _blocks(updates: Iterable[ClientUpdate]) -> Iterator[list[ClientUpdate]]:
-    """Yield a few updates at a time: those of a block share the cost of an operation."""
-    left = iter(updates)
-    while block := list(islice(left, _BLOCK)):
-        yield block
-
-
 def mean_update(
     adapters: Adapters,
     extras: Extras,
@@ -74,7 +65,7 @@ def mean_update(
         adapters: the global factors, for their shapes.
         extras: the heads, for their shapes.
         tasks: the round's tasks; their sketches say where each row belongs.
-        updates: accepted updates in task order, folded a few at a time, each rank's in that order.
+        updates: accepted updates in task order, folded one by one.
         divide_by: "participants"; "count": each rank by how many of them trained it; "inverse":
             by the participants, after each change was divided by the probability with which its
             rank trains in a step (S/R where all are alike). Heads, which all train, are divided
@@ -92,25 +83,19 @@ def mean_update(
     counting, inverse = divide_by == "count", divide_by == "inverse"
     counts = [torch.zeros(len(rows), 1, dtype=rows.dtype) for rows in total.tensors]
     participants = 0
-    for block in _blocks(updates):
-        participants += len(block)
-        parts: dict[Kind, list[tuple[Tensor, Tensor]]] = {}
-        for update in block:
-            if update.delta:
-                delta = stacked(update.delta, adapters)
-                found = _parts(asked[update.client_id], delta, total.layout, inverse=inverse)
-                for kind, changes, places in found:
-                    parts.setdefault(kind, []).append((changes, places))
-        for kind, own in parts.items():
-            number = total.layout.kinds.index(kind)
-            changes, places = (torch.cat(each) for each in zip(*own, strict=True))
-            total.tensors[number].index_add_(0, places, changes)
-            if counting:
-                most = len(counts[number])
-                counts[number] += torch.bincount(places, minlength=most)[:, None]
-        for update in block:
-            for name, change in update.extras.items():
-                heads[name].add_(change)
+    for update in updates:
+        participants += 1
+        if update.delta:
+            delta = stacked(update.delta, adapters)
+            parts = _parts(asked[update.client_id], delta, total.layout, inverse=inverse)
+            for kind, changes, places in parts:
+                number = total.layout.kinds.index(kind)
+                total.tensors[number].index_add_(0, places, changes)
+                if counting:
+                    most = len(counts[number])
+                    counts[number] += torch.bincount(places, minlength=most)[:, None]
+        for name, change in update.extras.items():
+            heads[name].add_(change)
     participants = cohort or max(participants, 1)
     for rows, count in zip(total.tensors, counts, strict=True):
         rows.div_(count.clamp(min=1) if counting else participants)
