@@ -110,7 +110,7 @@ def gather_each(adapters: Adapters, drawn: Mapping[str, Mapping[str, Sketch]]) -
 def _sizes(own: Mapping[str, Sketch], order: Iterable[str]) -> tuple[tuple[str, int], ...]:
     """Return S of each module that there is a sketch of, in the adapters' order."""
     if isinstance(own, Sketches) and own.names == tuple(order):
-        return tuple(zip(own.names, repeat(own.index.shape[1]), strict=False))
+        return tuple(zip(own.names, repeat(own.size), strict=False))
     return tuple((name, own[name].size) for name in order if name in own)
 
 
@@ -173,15 +173,15 @@ def inverse_probabilities(task: ClientTask) -> dict[str, torch.Tensor]:
     }
 
 
-def first_ranks(modules: Sequence[str], rank: int, size: int) -> dict[str, Sketch]:
+def first_ranks(modules: Sequence[str], rank: int, size: int) -> Sketches:
     """Return the sketches that select ranks 0 … ``size`` - 1 of ``rank`` in every module."""
-    index = None if size == rank else torch.arange(size)
-    return {module: Sketch(index, rank) for module in modules}
+    index = None if size == rank else torch.arange(size).expand(len(modules), -1)
+    return Sketches(tuple(modules), index, rank)
 
 
 def first_ranks_each(
     adapters: Adapters, ratios: Mapping[str, float], cohort: Iterable[str]
-) -> dict[str, dict[str, Sketch]]:
+) -> dict[str, Sketches]:
     """Return for each client the sketches that select the first S ranks, S/R being its ratio."""
     rank, modules = common_rank(adapters), list(adapters)
     return {

@@ -118,8 +118,7 @@ class SimulateConfig:
         threads: CPU threads of a matrix product; 0 leaves torch's choice; 1 on shared cores.
         layers: keep only the base model's first layers, which the adapter is for; 0 keeps all.
         eval_every: evaluate every n-th round (and the last); local-only is evaluated at the end.
-        eval_sketched: evaluate fslora also under sketches like the cohort's, which more than
-            doubles the time of an evaluation.
+        eval_sketched: evaluate fslora under the cohort's sketches too, in more than twice the time.
         eval_examples: evaluate on at most so many examples, evenly spread; 0 takes all.
         devices: what clients run on, for simulated seconds: COMPUTE:NETWORK=SHARE,… such as
             phone:poor=0.5,laptop:median=0.3,gpu:5g=0.2 (budget-phone, phone, laptop, gpu,

@@ -95,13 +95,14 @@ class Sketches(Mapping[str, Sketch]):
 
     Attributes:
         names: of the modules.
-        index: int64 ``[modules, S]``, each row as ``Sketch.index``; checked when it is asked for.
+        index: int64 ``[modules, S]``, each row as ``Sketch.index``, checked when it is asked for;
+            None means every rank.
         rank: R.
     """
 
     __slots__ = ("index", "names", "rank")
 
-    def __init__(self, names: tuple[str, ...], index: Tensor, rank: int) -> None:
+    def __init__(self, names: tuple[str, ...], index: Tensor | None, rank: int) -> None:
         self.names = names
         self.index = index
         self.rank = rank
@@ -110,7 +111,13 @@ class Sketches(Mapping[str, Sketch]):
         """Return a module's sketch."""
         if name not in self.names:
             raise KeyError(name)
-        return Sketch(self.index[self.names.index(name)], self.rank)
+        own = None if self.index is None else self.index[self.names.index(name)]
+        return Sketch(own, self.rank)
+
+    @property
+    def size(self) -> int:
+        """S, how many ranks are used in each module."""
+        return self.rank if self.index is None else int(self.index.shape[1])
 
     def __contains__(self, name: object) -> bool:
         """Whether there is such a module."""
@@ -128,6 +135,8 @@ class Sketches(Mapping[str, Sketch]):
 def ranks_of(sketches: Mapping[str, Sketch], names: Collection[str]) -> Tensor:
     """Return the ranks of modules, one module after the other, int64 ``[ΣS]``."""
     if isinstance(sketches, Sketches) and sketches.names == tuple(names):
+        if sketches.index is None:
+            return torch.arange(sketches.rank).repeat(len(names))
         return sketches.index.flatten()
     return torch.cat([sketches[name].rows for name in names])
 

@@ -46,7 +46,7 @@ def _draw_each(
     for size in set(sizes.values()):
         own = {client: keys[client] for client in sizes if sizes[client] == size}
         if size == rank:
-            sketches |= dict.fromkeys(own, dict.fromkeys(names, Sketch(None, rank)))
+            sketches |= dict.fromkeys(own, Sketches(names, None, rank))
             continue
         # To iterate over a tensor takes ten times as long.
         drawn = draw_uniform_each(list(own.values()), names, rank, size).unbind()
@@ -143,7 +143,7 @@ def step_unions(
     sketches: dict[str, Mapping[str, Sketch]] = {}
     for client, size in sizes.items():
         if size == rank:
-            sketches[client] = dict.fromkeys(modules, Sketch(None, rank))
+            sketches[client] = Sketches(tuple(modules), None, rank)
             continue
         drawn, unions = draw_steps(keys[client], modules, rank, size, steps), {}
         for place, module in enumerate(modules):
@@ -175,7 +175,7 @@ def _end_to_end(
         places = torch.arange(start, start + sizes[client]) % rank
         start += sizes[client]
         if sizes[client] == rank:
-            sketches[client] = dict.fromkeys(modules, Sketch(None, rank))
+            sketches[client] = Sketches(tuple(modules), None, rank)
         else:
             rows = orders[:, places].sort(dim=1).values
             sketches[client] = Sketches(tuple(modules), rows, rank)

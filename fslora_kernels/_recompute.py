@@ -39,7 +39,9 @@ def recipe(x: Tensor) -> Recipe | None:
         found = _follow(x.grad_fn, steps, tensors)
     except RuntimeError:  # it was written over since, or given free
         return None
-    return Recipe(tuple(steps), tuple(tensors)) if found else None
+    if not found or any(tensor.device != x.device for tensor in tensors):
+        return None
+    return Recipe(tuple(steps), tuple(tensors))
 
 
 def _follow(node: Any, steps: list[int | torch.dtype | None], tensors: list[Tensor]) -> bool:  # noqa: ANN401

@@ -249,6 +249,14 @@ def test_sketches_in_one_tensor_are_those_of_each_module():
     assert every.tolist() == [1, 0, 1]
 
 
+def test_sketches_of_every_rank_have_no_index():
+    together = Sketches(("a", "b"), None, 3)
+    assert dict(together) == dict.fromkeys("ab", Sketch(None, 3))
+    assert (together.size, Sketches(("a",), torch.tensor([[0, 2]]), 3).size) == (3, 2)
+    for names in ("ab", "ba", "b"):
+        assert ranks_of(together, names).tolist() == [0, 1, 2] * len(names)
+
+
 @pytest.mark.parametrize("row", [[2, 1], [1, 1], [0, 4], [-1, 2]])
 def test_sketches_in_one_tensor_are_checked_as_others_are(row):
     together = Sketches(("a", "b"), torch.tensor([[0, 1], row]), 4)
