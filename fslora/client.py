@@ -66,6 +66,7 @@ class LocalTrainer:
                 loss = self._train(ranks, examples, task)
         finally:
             fslora_kernels.unbind(layers)
+            ranks.forget()
         return ClientUpdate(
             round=task.round,
             client_id=task.client_id,

@@ -29,21 +29,27 @@ class Places:
         """Return the place for factors that lie as these do, trained by a rule with some heads."""
         key = received.layout, rule, *map(id, head)
         if key not in self._places:
-            if self._grown(received) or len(self._places) == _MOST:
+            if not self._fits(received) or len(self._places) == _MOST:
                 self._places.clear()
-            memory = zip(received.layout.kinds, received.tensors, strict=True)
-            parts = [[t[: len(rows)] for t in self._memory[kind]] for kind, rows in memory]
+            parts = [
+                [tensor[: len(rows)] for tensor in self._room(kind, rows)]
+                for kind, rows in zip(received.layout.kinds, received.tensors, strict=True)
+            ]
             leaves = Stacks(received.layout, [leaf for leaf, _ in parts])
             gradients = [gradient for _, gradient in parts]
             self._places[key] = SameRanks(leaves, gradients, head, rule)
         return self._places[key]
 
-    def _grown(self, received: Stacks) -> bool:
-        """Make the memory large enough; say whether it was not."""
-        grown = False
-        for kind, rows in zip(received.layout.kinds, received.tensors, strict=True):
-            if kind not in self._memory or len(self._memory[kind][0]) < len(rows):
-                both = [torch.zeros_like(rows, device=self._device) for _ in range(2)]
-                self._memory[kind] = both
-                grown = True
-        return grown
+    def _fits(self, received: Stacks) -> bool:
+        """Whether there is memory for as many rows of each kind."""
+        needed = zip(received.layout.kinds, received.tensors, strict=True)
+        return all(
+            kind in self._memory and len(self._memory[kind][0]) >= len(t) for kind, t in needed
+        )
+
+    def _room(self, kind: Kind, rows: Tensor) -> list[Tensor]:
+        """Return memory of a kind for some rows at least, made anew where there is less."""
+        if kind not in self._memory or len(self._memory[kind][0]) < len(rows):
+            self._memory.pop(kind, None)
+            self._memory[kind] = [torch.zeros_like(rows, device=self._device) for _ in range(2)]
+        return self._memory[kind]

@@ -47,7 +47,6 @@ class SameRanks:
 
     def take(self, task: ClientTask, received: Stacks, frozen: Adapters) -> None:
         """Begin with a client's own ranks, and the frozen ones of its task."""
-        self._optimizer.state.clear()
         for leaf, given in zip(self._leaves.tensors, received.tensors, strict=True):
             leaf.copy_(given)
         used: Adapters = self._leaves
@@ -78,10 +77,15 @@ class SameRanks:
         self._optimizer.step()
 
     def changes(self, received: Stacks) -> Stacks:
-        """Return what became of the ranks, less what they were, and keep nothing of the client."""
+        """Return what became of the ranks, less what they were."""
+        return _changes(self._leaves, received)
+
+    def forget(self) -> None:
+        """Keep nothing of the client, however its training ended, but its ranks."""
         self._optimizer.state.clear()
         self._used = self._leaves, {}
-        return _changes(self._leaves, received)
+        for parameter in self._head:
+            parameter.grad = None
 
 
 def _whole(given: LoRAWeights, trains: LoRAWeights) -> LoRAWeights:
@@ -160,6 +164,9 @@ class RedrawnRanks:
     def changes(self, received: Stacks) -> Stacks:
         """Return what became of the ranks, less what they were."""
         return _changes(self._union, received)
+
+    def forget(self) -> None:
+        """Nothing: another client has another union."""
 
 
 class _Memory:

@@ -143,9 +143,11 @@ def stacked(adapters: Adapters, order: Adapters | None = None) -> Stacks:
         adapters: module name to pair.
         order: its names in the order that they are to have, and possibly others; default as is.
     """
-    if isinstance(adapters, Stacks) and (order is None or tuple(order) == adapters.layout.names):
+    names = tuple(adapters)
+    if order is not None and (asked := tuple(order)) != names:
+        names = tuple(name for name in asked if name in adapters)
+    if isinstance(adapters, Stacks) and names == adapters.layout.names:
         return adapters
-    names = tuple(adapters) if order is None else tuple(n for n in order if n in adapters)
     found: dict[Kind, dict[tuple[str, int], Tensor]] = {}
     for name in names:
         for number, factor in enumerate(adapters[name]):

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+_SMALL = 8  # times as large as a parameter is x where that is copied
+
 
 class Recipe(NamedTuple):
     """How a tensor is made of others.
@@ -29,9 +31,12 @@ class Recipe(NamedTuple):
 def recipe(x: Tensor) -> Recipe | None:
     """Return how to make a tensor again, or None where its graph does not keep what it takes.
 
-    So it is under hooks on what is saved, such as a checkpoint's, too: there nothing is kept.
+    So it is under hooks on what is saved, such as a checkpoint's, too: there nothing is kept. What
+    autograd does not see cannot be seen here either: a tensor that was written over, or a part of a
+    larger one. Of x itself its version tells; of what lies between x and the factors nothing does.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # noqa: FBT003
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)  # noqa: FBT003
+    if hooks is not None or x.grad_fn is None or x._version:
         return None
     steps: list[int | torch.dtype | None] = []
     tensors: list[Tensor] = []
@@ -41,7 +46,13 @@ def recipe(x: Tensor) -> Recipe | None:
         return None
     if not found or any(tensor.device != x.device for tensor in tensors):
         return None
-    return Recipe(tuple(steps), tuple(tensors))
+    return Recipe(tuple(steps), tuple(_own(tensor, x) for tensor in tensors))
+
+
+def _own(factor: Tensor, x: Tensor) -> Tensor:
+    """Copy a small parameter: FSDP gives a norm's weight free until the norm's own backward."""
+    small = factor.is_leaf and factor.numel() * _SMALL <= x.numel()
+    return factor.detach().clone() if small else factor.detach()
 
 
 def _follow(node: Any, steps: list[int | torch.dtype | None], tensors: list[Tensor]) -> bool:  # noqa: ANN401
@@ -54,6 +65,8 @@ def _follow(node: Any, steps: list[int | torch.dtype | None], tensors: list[Tens
         return True
     if name != "MulBackward0":
         return False
+    if any(raw.unpack_hook for raw in (node._raw_saved_self, node._raw_saved_other)):
+        return False
     saved = node._saved_self, node._saved_other
     for factor, (before, _) in zip(saved, node.next_functions, strict=True):
         if factor is None:
@@ -63,7 +76,7 @@ def _follow(node: Any, steps: list[int | torch.dtype | None], tensors: list[Tens
             return False
         else:
             steps.append(len(tensors))
-            tensors.append(factor.detach())
+            tensors.append(factor)
     steps.append(None)
     return True
 

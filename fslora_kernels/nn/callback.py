@@ -140,7 +140,8 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
         """
         self._drawn = None
         layers = fused_layers(model).values()
-        report = fuse(model, next((each.implementation for each in layers), self.implementation))
+        implementation = next((each.implementation for each in layers), self.implementation)
+        report = fuse(model, implementation, recompute=any(each.recompute for each in layers))
         if not report.fused:
             raise ValueError(f"no LoRA layer of this model can be sketched: {report}")
         if report.left:

@@ -95,7 +95,7 @@ class SketchedForward:
     """
 
     implementation: str | None
-    recompute: bool
+    recompute: bool = False  # of layers that were pickled before there was the choice
     restrictions: dict[str, Restriction]
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401

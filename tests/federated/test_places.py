@@ -83,6 +83,44 @@ def test_a_client_that_crashed_leaves_nothing_behind(tiny_llama):
     assert_same_updates([client(task)], [wanted])
 
 
+def test_out_of_memory_leaves_its_memory_to_the_retry(tiny_llama):
+    """The attempt that failed has moments and, in the full forward, the frozen rest."""
+    _, strategy, state, client = world(tiny_llama, RATIOS, ADAMW, forward="full")
+    task, seen = strategy.assign(state, CLIENTS)[0], []
+
+    class Full:
+        def __init__(self, task):
+            self.task, self.left = task, 2
+
+        def supervised(self, batch):
+            return self.task.supervised(batch)
+
+        def loss(self, model, batch):
+            self.left -= 1
+            if self.left == 0:
+                raise torch.OutOfMemoryError
+            if self.left < 0:  # in the retry
+                seen.append(sum(map(len, moments(client))) + sum(map(bool, frozen(client))))
+            return self.task.loss(model, batch)
+
+    object.__setattr__(client, "task", Full(client.task))
+    assert Guarded(client)(task).metrics["pieces"] == 2.0
+    first_loss_of_the_retry = seen[0]
+    assert first_loss_of_the_retry == 1  # the frozen rest of the retry itself
+
+
+def places_of(client):
+    return client._resident[3]._places.values()
+
+
+def moments(client):
+    return [ranks._optimizer.state for ranks in places_of(client)]
+
+
+def frozen(client):
+    return [ranks._used[1] for ranks in places_of(client)]
+
+
 def stack_of(rows, width=4):
     return stacked({"q": LoRAWeights(torch.rand(rows, width), torch.rand(rows, width))})
 

@@ -79,6 +79,8 @@ def test_stacks_keep_their_tensors_unless_the_order_is_another():
     assert stacked(stacks, adapters) is stacks
     backwards = dict(reversed(adapters.items()))
     assert_same_pairs(stacked(stacks, backwards), backwards)
+    upper = stacked({name: adapters[name] for name in ("down", "out")})
+    assert stacked(upper, adapters) is upper  # as of a client that trains some of the layers
     some = {name: adapters[name] for name in ("out", "q")}
     assert list(stacked(some, adapters)) == ["q", "out"]
 

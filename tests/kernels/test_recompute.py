@@ -90,7 +90,7 @@ def test_results_are_the_same_to_the_bit_and_no_input_is_kept(dtype, dropout):
     x = x_of(dtype)
     kept, more = (sum(kept_storages(m(x), known).values()) for m in (model, before))
     inputs = 2 * (2 * TOKENS) * WIDTH * dtype.itemsize  # of gate and up, and of down
-    assert more - kept == inputs
+    assert more - kept == inputs - 2 * WIDTH * dtype.itemsize  # of which each has a norm's weight
 
 
 def test_less_is_alive_after_the_forward_pass():
@@ -101,7 +101,7 @@ def test_less_is_alive_after_the_forward_pass():
             y = model(x)
             found.append(alive.now)
         assert y.requires_grad
-    assert found[1] - found[0] == 2 * (2 * TOKENS) * WIDTH * 4
+    assert found[1] - found[0] == (2 * (2 * TOKENS) - 2) * WIDTH * 4
 
 
 def test_a_pretrained_model_trains_as_before(shared_data):
@@ -198,6 +198,61 @@ def test_no_recipe_needs_what_was_written_over():
     with torch.no_grad():
         factor.zero_()
     assert recipe(product) is None
+
+
+def test_an_input_that_was_edited_unseen_is_kept():
+    """As a hook that masks what a norm gives."""
+    found = []
+    for on in (True, False):
+        model, x = block(recompute=on), x_of()
+        product = x.sigmoid() * x
+        with torch.no_grad():
+            product[..., : WIDTH // 2] = 0
+        model.base_model.model.down(product).square().sum().backward()
+        layer = model.base_model.model.down
+        found.append({"a": layer.lora_A["default"].weight.grad, "x": x.grad})
+    assert_same(*found)
+    assert not found[0]["a"][:, : WIDTH // 2].any()
+
+
+def test_a_norms_weight_may_be_given_free_until_its_own_backward_pass():
+    """As FSDP does where a norm is a group of its own."""
+    model, x = block(), x_of()
+    wanted = results(block())
+    y = model(x)
+    weight = model.base_model.model.norm.weight
+    with torch.no_grad():
+        weight.zero_()
+    factors = {n: p for n, p in model.named_parameters() if "down.lora_" in n}
+    gradients = torch.autograd.grad(y.square().sum(), list(factors.values()))
+    for name, gradient in zip(factors, gradients, strict=True):
+        assert torch.equal(gradient, wanted[name])
+
+
+def test_a_checkpoint_around_the_product_alone_computes_it_twice():
+    calls = []
+
+    def product(gate, up):
+        calls.append(1)
+        return nn.functional.silu(gate) * up
+
+    model, x = block(), x_of()
+    normed = model.base_model.model.norm(x)
+    y = model.base_model.model.down(checkpoint(product, normed, x, use_reentrant=False))
+    assert len(calls) == 1
+    y.sum().backward()
+    assert len(calls) == 2
+
+
+def test_a_callback_leaves_the_choice():
+    model = block()
+    fslora_kernels.SketchCallback(ratio=0.5).on_train_begin(model=model)
+    layers = fslora_kernels.nn.fuse.fused_layers(model).values()
+    assert all(layer.recompute for layer in layers)
+    for layer in layers:  # as one that was pickled before there was the choice
+        del layer.recompute
+    assert results(model)
+    fslora_kernels.unfuse(model)
 
 
 def test_what_is_written_over_later_is_noticed():
