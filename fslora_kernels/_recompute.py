@@ -50,7 +50,7 @@ def recipe(x: Tensor) -> Recipe | None:
 
 
 def _own(factor: Tensor, x: Tensor) -> Tensor:
-    """Copy a small parameter: FSDP gives a norm's weight free until the norm's own backward."""
+    """Copy a small parameter, which may be given free until its module's own backward pass."""
     small = factor.is_leaf and factor.numel() * _SMALL <= x.numel()
     return factor.detach().clone() if small else factor.detach()
 
@@ -72,8 +72,8 @@ def _follow(node: Any, steps: list[int | torch.dtype | None], tensors: list[Tens
         if factor is None:
             if not _follow(before, steps, tensors):
                 return False
-        elif factor.ndim == 0:  # it may be a number, which has no dtype of its own
-            return False
+        elif factor.ndim == 0 or not factor.untyped_storage().nbytes():
+            return False  # it may be a number, which has no dtype of its own; or given free
         else:
             steps.append(len(tensors))
             tensors.append(factor)

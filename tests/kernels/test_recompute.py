@@ -229,6 +229,19 @@ def test_a_norms_weight_may_be_given_free_until_its_own_backward_pass():
         assert torch.equal(gradient, wanted[name])
 
 
+@pytest.mark.parametrize("free", ["storage", "data"])
+def test_a_weight_that_was_given_free_is_no_factor(free):
+    """As FSDP2 does after the forward pass of a norm that is a group of its own, and ZeRO."""
+    norm = Norm()
+    product = norm(x_of())
+    assert recipe(product) is not None
+    if free == "storage":
+        norm.weight.untyped_storage().resize_(0)
+    else:
+        norm.weight.data = torch.empty(0)
+    assert recipe(product) is None
+
+
 def test_a_checkpoint_around_the_product_alone_computes_it_twice():
     calls = []
 
