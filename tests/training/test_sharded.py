@@ -1,4 +1,4 @@
-"""What cannot work on the shards of ``fully_shard`` says so."""
+"""On the shards of ``fully_shard``: what cannot work says so, and what can does."""
 
 import pytest
 import torch
@@ -51,3 +51,24 @@ def test_the_sketched_optimizer_names_another(sharded):
     sharded(input_ids=world.batch(), labels=world.batch()).loss.backward()
     with pytest.raises(ValueError, match=r"is a DTensor, .* use torch.optim.AdamW"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("norms", [True, False], ids=["norms apart", "layers whole"])
+def test_inputs_are_made_again_from_weights_that_come_and_go(group, norms):
+    """A norm that is sharded by itself has given its weight free when the layer behind it runs."""
+    gradients = []
+    for recompute in (True, False):
+        model = world.model()
+        fslora_kernels.fuse(model, recompute=recompute)
+        for layer in model.base_model.model.model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                if norms:
+                    fully_shard(norm)
+            fully_shard(layer)
+        fully_shard(model)
+        model(input_ids=world.batch(), labels=world.batch()).loss.backward()
+        found = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+        gradients.append(found)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
