@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from benchmarks.timing import (
 )
 from benchmarks.workload import LLAMA_768, bare, shared_model, with_adapter
 from fslora.client import heads
+from fslora.protocol import Sketch
 from fslora.sketch import draw_sketches
 from fslora_kernels.memory import AliveBytes, addresses
 from fslora_kernels.sampling import sketch_size
@@ -43,6 +44,7 @@ from fslora_kernels.testing import check_error_budget
 
 ALPHA = 16.0
 RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+RECOMPUTE = "recompute"
 _COLUMNS = ("× base", "× PEFT at R", "ours ÷")
 
 
@@ -57,6 +59,7 @@ class Workload:
         classes: of a classifier; 0 for a language model.
         layers: keep only the first so many; 0 keeps all.
         dropout: of the adapter.
+        recompute: whether there is a side of ours that makes inputs again in the backward pass.
     """
 
     model: str
@@ -65,6 +68,7 @@ class Workload:
     classes: int = 0
     layers: int = 0
     dropout: float = 0.0
+    recompute: bool = False
 
     def __str__(self) -> str:
         """Name it for the table."""
@@ -143,6 +147,13 @@ def _peft_side(model: nn.Module) -> Side:
     return Side(model, factors, ranks_first=False, others=list(heads(model).values()))
 
 
+def _our_side(fused: nn.Module, drawn: Mapping[str, Sketch]) -> Side:
+    leaves = fslora_kernels.extract(fused, {name: s.index for name, s in drawn.items()})
+    fslora_kernels.bind(fused, leaves)
+    factors = [factor for pair in leaves.values() for factor in pair]
+    return Side(fused, factors, ranks_first=True, others=list(heads(fused).values()))
+
+
 def make_sides(workload: Workload, rank: int, size: int, device: str) -> dict[str, Side]:
     """Build PEFT at R and S, and ours, from the same factors."""
     whole = workload.adapted(rank)
@@ -167,31 +178,31 @@ def make_sides(workload: Workload, rank: int, size: int, device: str) -> dict[st
             layer.lora_B["default"].weight.copy_(pair.lora_b.t())
     for model in (fused, whole, small):
         model.to(device)
-    leaves = fslora_kernels.extract(fused, {name: s.index for name, s in drawn.items()})
-    fslora_kernels.bind(fused, leaves)
-    factors = [factor for pair in leaves.values() for factor in pair]
-    return {
-        "ours": Side(fused, factors, ranks_first=True, others=list(heads(fused).values())),
-        "PEFT at R": _peft_side(whole),
-        "PEFT at S": _peft_side(small),
-    }
+    sides = {"PEFT at R": _peft_side(whole), "PEFT at S": _peft_side(small)}
+    if workload.recompute:
+        again = copy.deepcopy(fused)
+        fslora_kernels.fuse(again, recompute=True)
+        sides[RECOMPUTE] = _our_side(again, drawn)
+    return {"ours": _our_side(fused, drawn), **sides}
 
 
 def error(sides: dict[str, Side], batch: dict[str, Tensor]) -> str | None:
     """Say how ours differs from PEFT at S, or None. Dropout of the model itself is off here."""
-    ours, peer = sides["ours"], sides["PEFT at S"]
+    peer = sides["PEFT at S"]
+    ours = [sides[name] for name in ("ours", RECOMPUTE) if name in sides]
     training = peer.model.training
     try:
         exact_side = _peft_side(copy.deepcopy(peer.model).double().eval())
-        for side in (ours, peer):
+        for side in (*ours, peer):
             side.model.eval()
-        exact, eager, found = (side.gradients(batch) for side in (exact_side, peer, ours))
-        for name, value in found.items():
-            check_error_budget(value, eager[name], exact[name], name=name)
+        exact, eager, *found = (side.gradients(batch) for side in (exact_side, peer, *ours))
+        for of_side in found:
+            for name, value in of_side.items():
+                check_error_budget(value, eager[name], exact[name], name=name)
     except Exception as problem:  # shown as red, nothing is timed
         return f"{type(problem).__name__}: {problem}"
     finally:
-        for side in (ours, peer):
+        for side in (*ours, peer):
             side.model.train(training)
     return None
 
@@ -251,7 +262,7 @@ def table(turns: Turns, peaks: dict[str, int]) -> str:
 
 
 def _workloads(chosen: argparse.Namespace) -> Iterator[Workload]:
-    size = {"batch_size": chosen.batch_size, "length": chosen.length, "dropout": chosen.dropout}
+    size = {name: vars(chosen)[name] for name in ("batch_size", "length", "dropout", "recompute")}
     if chosen.model:
         yield Workload(chosen.model, classes=chosen.classes, layers=chosen.layers, **size)
         return
@@ -275,6 +286,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=128, help="tokens of an example")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapter")
+    parser.add_argument("--recompute", action="store_true", help="a row of fuse(recompute=True)")
     parser.add_argument("--rank", type=int, default=64, help="R")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="S/R, as decimals")
     parser.add_argument("--seconds", type=float, default=20.0, help="timing of each ratio")

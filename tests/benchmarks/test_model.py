@@ -27,6 +27,14 @@ def test_sides_agree_and_the_figures_are_kept(capsys, tmp_path):
     assert len(record["turns"]["peer_s"]["PEFT at S"]) == 2
 
 
+def test_a_row_that_recomputes_holds_less(tmp_path):
+    out = tmp_path / "model.jsonl"
+    assert model.main([*FLAGS, "--repeats", "1", "--recompute", "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert set(record["ratios"]) == {"ours", "base", "PEFT at R", "PEFT at S", "recompute"}
+    assert record["peak_bytes"]["recompute"] < record["peak_bytes"]["ours"]
+
+
 def test_no_figure_while_ours_computes_something_else(capsys, monkeypatch, tmp_path):
     out = tmp_path / "model.jsonl"
     right = model.fslora_kernels.bind
