@@ -9,19 +9,25 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from fslora_kernels.memory import addresses
 
+# In place, torch's own counter takes it for nothing; the shapes are those of addmm.
+_FLOPS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
+
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that compute something, and the bytes they touch.
+    """Counts the operations that compute something, the bytes they touch, and the products' FLOPs.
 
     Views and bare allocations are no operations. An operation reads each of its tensors once and
-    writes each result once; what it does to them inside is its own affair.
+    writes each result once; what it does to them inside is its own affair. Unlike torch's counter
+    this hooks no module: under hooks a fused layer leaves the base product to the base layer.
 
     Attributes:
         count: operations. Without fusion, on a GPU, each is at least one launch.
         bytes_moved: read and written.
+        flops: of matrix products, a multiply and an add counted as two.
     """
 
     def __init__(self) -> None:
@@ -29,6 +35,7 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.count = 0
         self.bytes_moved = 0
+        self.flops = 0
 
     def __torch_dispatch__(
         self,
@@ -38,6 +45,8 @@ class Operations(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         result = func(*args, **(kwargs or {}))
+        if count := _FLOPS.get(func._overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         views = addresses(read) & addresses(written) and not func._schema.is_mutable

@@ -69,7 +69,8 @@ def least_time(
 ) -> float:
     """Return the least time of a step: the base's operations, the adapter's traffic beside them.
 
-    The base's own two products are taken to be bound by arithmetic.
+    The base's own two products are taken to be bound by arithmetic. It is that of delta first;
+    where tokens are many, merging does less.
 
     Args:
         tokens: T.

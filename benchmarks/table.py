@@ -15,7 +15,7 @@ LEGEND = """\
   × PEFT      over PEFT at rank R
   ours ÷      ours over this row, run beside it; above 1 ours is slower
   adapter     milliseconds beyond the bare base layer's in the same round
-  roof        least possible time of the cell (of the base: without an adapter) over the row's
+  roof        least time of the cell, delta first (of the base: without an adapter), over the row's
   Mflop       executed, masked and padded ranks included; the cell's line says what is useful
   MB          read and written, each operation's tensors once
   ops         operations; on a GPU `benchmarks gpu` counts the kernels, after all timing

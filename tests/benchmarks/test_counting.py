@@ -1,4 +1,5 @@
 import torch
+from torch.nn.modules.module import _has_any_global_hook
 
 from benchmarks.counting import Operations
 from fslora_kernels.memory import AliveBytes, addresses, saved_storages
@@ -17,6 +18,15 @@ def test_operations_are_counted_and_views_are_not():
     with Operations() as seen:
         x + torch.ones(1, 1).expand(10, 20)[:1]
     assert seen.bytes_moved == 4 + 4 * (200 + 1 + 200)  # ones is filled: that is an operation
+
+
+def test_products_are_counted_in_place_too_and_without_hooks_on_modules():
+    x, weight = torch.ones(10, 20), torch.ones(20, 30)
+    with Operations() as seen:
+        y = torch.addmm(torch.ones(30), x, weight)
+        y.addmm_(x, weight)
+        assert not _has_any_global_hook()
+    assert seen.flops == 2 * 2 * 10 * 20 * 30
 
 
 def test_each_saved_storage_counts_once_and_known_ones_not():

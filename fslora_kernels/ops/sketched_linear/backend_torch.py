@@ -42,7 +42,7 @@ def refuses(_arguments: Arguments) -> str | None:
     return None
 
 
-def _select(arguments: Arguments) -> tuple[Tensor, Tensor]:
+def select(arguments: Arguments) -> tuple[Tensor, Tensor]:
     """Return the selected factors as A_SD and B_SE in the input's dtype."""
     a, b, index = arguments.lora_a, arguments.lora_b, arguments.index
     if index is not None:
@@ -76,10 +76,10 @@ def _untiled(x: Tensor) -> bool:
     return x.is_cpu and x.dtype not in TILED
 
 
-def _shrink(x_TF: Tensor, factor_SF: Tensor, gain: float | Tensor) -> Tensor:
+def shrink(x_TF: Tensor, factor_SF: Tensor, gain: float | Tensor) -> Tensor:
     """Return gain · x factorᵀ ``[T, S]``; on a processor rank-major where the ranks are few."""
     if isinstance(gain, Tensor):
-        return _shrink(x_TF, factor_SF, 1.0).mul_(gain)
+        return shrink(x_TF, factor_SF, 1.0).mul_(gain)
     # With beta 0 the first argument is not read; a number costs nothing inside the product.
     unread = UNREAD.get(x_TF.dtype) if x_TF.is_cpu else None
     if unread is None:
@@ -120,7 +120,7 @@ def differentiates_itself(arguments: Arguments) -> bool:
 
 def differentiable(arguments: Arguments) -> Tensor:
     """Return y ``[T, E]`` by products that torch, or a compiler, differentiates."""
-    a_SD, b_SE = _select(arguments)
+    a_SD, b_SE = select(arguments)
     x_TD, gain = arguments.x, arguments.gain
     if arguments.dropout and arguments.seed is None:
         x_TD = functional.dropout(x_TD, arguments.dropout)  # a compiler keeps its bits at most
@@ -133,9 +133,9 @@ def differentiable(arguments: Arguments) -> Tensor:
 def forward(arguments: Arguments) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return y ``[T, E]`` and h ``[T, S]``, the latter times the gain, as the backward wants it."""
     x_TD = arguments.x
-    a_SD, b_SE = _select(arguments)
+    a_SD, b_SE = select(arguments)
     dropped_TD = x_TD * _mask(arguments) if arguments.dropout else x_TD
-    h_TS = _shrink(dropped_TD, a_SD, arguments.kept_gain)
+    h_TS = shrink(dropped_TD, a_SD, arguments.kept_gain)
     return _outputs(arguments, h_TS, b_SE), (h_TS,)
 
 
@@ -152,14 +152,14 @@ def backward(
     (h_TS,) = kept
     needs_x, needs_a, needs_b = needs
     x_TD, index = arguments.x, arguments.index
-    a_SD, b_SE = _select(arguments)
+    a_SD, b_SE = select(arguments)
     dx = da = db = None
     if needs_b:
         # hᵀ dy rather than dyᵀ h: several times faster on a CPU, and one rank is one row.
         db = widen(torch.mm(h_TS.t(), dy_TE), index, arguments.lora_b)
     if not (needs_x or needs_a):
         return dx, da, db
-    dh_TS = _shrink(dy_TE, b_SE, arguments.kept_gain)
+    dh_TS = shrink(dy_TE, b_SE, arguments.kept_gain)
     mask_TD = _mask(arguments) if arguments.dropout else None
     if needs_a:
         dropped_TD = x_TD if mask_TD is None else x_TD * mask_TD

@@ -55,7 +55,9 @@ def sketched_linear(
         seed: of the dropout mask; None draws one from torch's generator, as nn.Dropout would, but
             on the host, which a CUDA graph under capture refuses.
         implementation: "torch", "triton", or None for "auto" (inside ``torch.compile``: torch's
-            products, around which the compiler fuses; "triton" is one operator of the graph).
+            products, around which the compiler fuses; "triton" is one operator of the graph). On a
+            CPU "auto" merges the delta into a copy of the weight where tokens are many and nothing
+            is lost by it; "torch" never does.
 
     Returns:
         ``[..., out_features]``.
@@ -133,7 +135,9 @@ def unchecked(
         seed = None  # no mask is drawn
     elif seed is None and not traced:
         seed = _drawn_seed(x)
-    arguments = Arguments(rows(x), weight, lora_a, lora_b, index, bias, gain, dropout, seed)
+    arguments = Arguments(
+        rows(x), weight, lora_a, lora_b, index, bias, gain, dropout, seed, torch.is_grad_enabled()
+    )
     if traced:
         return unrows(traceable(arguments, implementation), x)
     return compute(x, arguments, implementation, recompute=recompute)

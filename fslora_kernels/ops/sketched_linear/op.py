@@ -28,6 +28,7 @@ class Arguments:
         gain: the scale, times the rank weights where there are any: a number, ``[]`` or ``[S]``.
         dropout: probability of dropping an input feature of the adapter.
         seed: of the dropout mask; None only inside ``torch.compile``: torch's own generator.
+        keeps: whether a backward pass may follow.
     """
 
     x: Tensor
@@ -39,6 +40,7 @@ class Arguments:
     gain: float | Tensor
     dropout: float
     seed: int | None
+    keeps: bool = True
 
     @property
     def dropped(self) -> int:
@@ -62,7 +64,8 @@ class Backend(Protocol):
     def forward(self, arguments: Arguments) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return y ``[T, E]``, and what the backward pass wants to keep beside the arguments.
 
-        y is contiguous. First among what is kept is h, which only the gradient of B needs.
+        y is contiguous. First among what is kept is h, which only the gradient of B needs; it has
+        no values where the arguments keep nothing.
         """
 
     def backward(
@@ -83,9 +86,11 @@ PADDED_RANKS = (16, 32, 64, 128)
 
 MASK_STEPS = 2**16  # values of the random number that decides on one feature
 
-# Best first: "auto" takes the first that does not refuse.
+# Best first: "auto" takes the first that does not refuse. Nobody asks for "merged" by its name:
+# "torch" is delta first, always.
 BACKENDS = {
     "triton": "fslora_kernels.ops.sketched_linear.backend_triton",
+    "merged": "fslora_kernels.ops.sketched_linear.backend_merged",
     "torch": "fslora_kernels.ops.sketched_linear.backend_torch",
 }
 

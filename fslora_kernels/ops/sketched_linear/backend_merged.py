@@ -1,0 +1,76 @@
+"""The operation with the delta merged into the base weight, in each pass anew.
+
+``x (W + gain · BᵀA)ᵀ`` takes two products of ranks with features off a step, in which every token
+takes part, for two in which none does: it pays from some number of tokens on. W itself is not
+changed. It needs a dtype in which the sum loses no more than the product does: in bfloat16, with
+weights of 0.02 and a delta of 1e-5, nine tenths of the delta would be lost.
+
+Source: RunLoRA, arXiv 2312.03415, which chooses between such orders by their operations.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fslora_kernels.ops.sketched_linear import backend_torch
+
+if TYPE_CHECKING:
+    from fslora_kernels.ops.sketched_linear.op import Arguments
+
+PRECISE = (torch.float32, torch.float64)
+# By operations it pays from T (D + E) = 2 D E on, whatever the ranks; passes over W double that.
+PAYS_FROM = 4
+
+
+def refuses(arguments: Arguments) -> str | None:
+    """Say why delta first is better here, or the only way, or None."""
+    x_TD, weight = arguments.x, arguments.weight
+    if weight is None or arguments.dropout:
+        return "the delta has no base weight, or another input"
+    if not x_TD.is_cpu or x_TD.dtype not in PRECISE or weight.dtype != x_TD.dtype:
+        return "measured on processors in float32 only"
+    out_features, in_features = weight.shape
+    if x_TD.shape[0] * (in_features + out_features) < PAYS_FROM * in_features * out_features:
+        return "so few tokens that delta first is faster"
+    if arguments.keeps and backend_torch.differentiates_itself(arguments):
+        return "so small a layer that torch's own differentiation is as fast"
+    return None
+
+
+def _merged(arguments: Arguments) -> Tensor:
+    """Return W + gain · BᵀA ``[E, D]``, laid out as W is."""
+    weight, gain = arguments.weight, arguments.gain
+    if weight is None:
+        raise ValueError("a delta alone cannot be merged")
+    a_SD, b_SE = backend_torch.select(arguments)
+    if isinstance(gain, Tensor):
+        a_SD, gain = (a_SD * gain.reshape(-1, 1)).to(a_SD.dtype), 1.0
+    if weight.is_contiguous():
+        return torch.addmm(weight, b_SE.t(), a_SD, alpha=gain)
+    return torch.addmm(weight.t(), a_SD.t(), b_SE, alpha=gain).t()
+
+
+def forward(arguments: Arguments) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return y ``[T, E]`` and h ``[T, S]``, the latter times the gain, as the backward wants it."""
+    x_TD, bias = arguments.x, arguments.bias
+    w_DE = _merged(arguments).t()
+    y_TE = x_TD.mm(w_DE) if bias is None else torch.addmm(bias.to(x_TD.dtype), x_TD, w_DE)
+    if not arguments.keeps:
+        return y_TE, (backend_torch.UNREAD[x_TD.dtype],)
+    a_SD, _ = backend_torch.select(arguments)
+    return y_TE, (backend_torch.shrink(x_TD, a_SD, arguments.gain),)
+
+
+def backward(
+    arguments: Arguments,
+    kept: tuple[Tensor, ...],
+    dy_TE: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x, A and B (those that ``needs`` asks for)."""
+    needs_x, needs_a, needs_b = needs
+    _, da, db = backend_torch.backward(arguments, kept, dy_TE, (False, needs_a, needs_b))
+    return dy_TE.mm(_merged(arguments)) if needs_x else None, da, db

@@ -1,0 +1,148 @@
+"""Where tokens are many the delta is merged into the base weight, in each pass anew."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fslora_kernels import sketched_linear
+from fslora_kernels.flops import count_flops
+from fslora_kernels.ops.sketched_linear import backend_merged, backend_torch, cost, op
+from fslora_kernels.ops.sketched_linear.cases import Case
+from fslora_kernels.ops.sketched_linear.reference import reference
+from fslora_kernels.testing import check_error_budget, inputs, value_and_gradients
+
+from .contract import SketchedLinearContract
+
+TOKENS, IN, OUT, RANK, SIZE = 192, 32, 48, 16, 4
+MANY = Case("many tokens", TOKENS, IN, OUT, RANK, SIZE, bias=True)
+FEWER = backend_merged.PAYS_FROM * IN * OUT // (IN + OUT)
+NAMES = ("x", "weight", "lora_a", "lora_b", "bias")
+
+
+@pytest.fixture(autouse=True)
+def no_layer_is_small(monkeypatch):
+    monkeypatch.setattr(backend_torch, "SMALL_LAYER", 0)
+
+
+class TestMerged(SketchedLinearContract):
+    """All cases that can be merged are, however few their tokens."""
+
+    implementation = None
+
+    @pytest.fixture(autouse=True)
+    def always(self, monkeypatch):
+        monkeypatch.setattr(backend_merged, "PAYS_FROM", 0)
+
+
+def call_of(**changes):
+    arguments = inputs(MANY, changes.pop("dtype", torch.float32))
+    b_RE = arguments["lora_b"].t()
+    call = op.Arguments(
+        arguments["x"],
+        arguments["weight"],
+        arguments["lora_a"],
+        b_RE,
+        arguments["index"],
+        None,
+        1.0,
+        0.0,
+        0,
+    )
+    return replace(call, **changes)
+
+
+def test_it_is_chosen_where_tokens_are_many_and_never_against_a_request():
+    assert op.choose(call_of(), None).implementation == "merged"
+    assert op.choose(call_of(), "torch").implementation == "torch"
+    with pytest.raises(ValueError, match="unknown implementation 'merged'"):
+        op.choose(call_of(), "merged")
+
+
+def test_a_small_layer_is_merged_in_evaluations_only(monkeypatch):
+    monkeypatch.setattr(backend_torch, "SMALL_LAYER", IN * OUT)
+    choice = op.choose(call_of(), None)
+    assert choice.implementation == "torch"
+    assert "so small a layer" in choice.reason
+    assert op.choose(call_of(keeps=False), None).implementation == "merged"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"x": torch.ones(FEWER, IN)}, "so few tokens"),
+        ({"weight": None}, "no base weight"),
+        ({"dropout": 0.1}, "another input"),
+        ({"dtype": torch.bfloat16}, "in float32 only"),
+        ({"weight": torch.ones(OUT, IN, dtype=torch.float64)}, "in float32 only"),
+    ],
+    ids=["few tokens", "delta alone", "dropout", "bfloat16", "another dtype"],
+)
+def test_what_cannot_be_merged_is_delta_first_and_says_why(changes, why):
+    choice = op.choose(call_of(**changes), None)
+    assert choice.implementation == "torch"
+    assert "not merged: " in choice.reason
+    assert why in choice.reason
+
+
+def test_it_does_fewer_operations_than_delta_first_and_the_same_thing():
+    arguments = inputs(MANY, torch.float32)
+    exact_arguments = inputs(MANY, torch.float64)
+    dy = torch.ones(TOKENS, OUT)
+    operations, found = {}, {}
+    for name in (None, "torch"):
+        with count_flops() as count:
+            found[name] = value_and_gradients(
+                lambda name=name, **own: sketched_linear(**own, implementation=name), arguments, dy
+            )
+        operations[name] = count.total
+    passes = [cost(TOKENS, IN, OUT, SIZE, backward=backward) for backward in (False, True)]
+    base, weight_gradient = sum(p.base_flops for p in passes), 2 * TOKENS * IN * OUT
+    of_ranks = 2 * TOKENS * SIZE * (IN + OUT)
+    assert operations["torch"] == base + weight_gradient + 3 * of_ranks
+    assert operations[None] == base + weight_gradient + 2 * of_ranks + 2 * 2 * IN * OUT * SIZE
+    exact = value_and_gradients(reference, exact_arguments, dy.double())
+    for name, value in found[None].items():
+        check_error_budget(value, found["torch"][name], exact[name], name=name)
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["Linear", "Conv1D"])
+@pytest.mark.parametrize("special", [{}, {"rank_weight": True}, {"tensor_scale": True}], ids=str)
+def test_gradcheck(conv1d, special):
+    arguments = inputs(Case("small", 40, 5, 6, 4, 2, bias=True, **special), torch.float64)
+    leaves = [arguments[name].requires_grad_() for name in NAMES]
+
+    def function(*tensors):
+        own = dict(zip(NAMES, tensors, strict=True))
+        if conv1d:
+            own["weight"] = own["weight"].t().contiguous().t()
+        return sketched_linear(**{**arguments, **own})
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_an_evaluation_computes_the_bits_of_training():
+    arguments = inputs(MANY, torch.float32)
+    for name in ("x", "lora_a", "lora_b"):
+        arguments[name].requires_grad_()
+    trained = sketched_linear(**arguments)
+    with torch.no_grad(), count_flops() as count:
+        evaluated = sketched_linear(**arguments)
+    assert torch.equal(trained, evaluated)
+    assert count.total == 2 * TOKENS * IN * OUT + 2 * IN * OUT * SIZE  # not even h
+
+
+def test_the_base_weight_stays_and_nothing_of_its_size_is_kept():
+    arguments = inputs(MANY, torch.float32)
+    before = arguments["weight"].clone()
+    for name in ("x", "lora_a", "lora_b"):
+        arguments[name].requires_grad_()
+    known = {v.data_ptr() for v in arguments.values() if torch.is_tensor(v)}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (kept.append(tensor), tensor)[1], lambda tensor: tensor
+    ):
+        sketched_linear(**arguments).sum().backward()
+    new = {tuple(tensor.shape) for tensor in kept if tensor.data_ptr() not in known}
+    assert new == {(TOKENS, SIZE)}
+    assert torch.equal(arguments["weight"], before)
