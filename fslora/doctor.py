@@ -56,7 +56,8 @@ def doctor(console: Console) -> None:
             table.add_row(device, description, name, "no" if reason else "yes", reason or "")
     console.print(table)
     console.print(
-        '"auto" takes triton where it runs and the call suits it, else torch; a layer that is '
+        '"auto" takes triton where it runs and the call suits it, else torch, which on a CPU in '
+        "float32 merges the delta into a copy of the weight where tokens are many; a layer that is "
         "asked for one that cannot run refuses and says why."
     )
     if torch.cuda.is_available() and unavailable("triton", "cuda") is None:
