@@ -236,7 +236,10 @@ def _counted(trainer: LocalTrainer, step: ClientTask, examples: Examples) -> int
 
 @contextmanager
 def _torch_layers(model: nn.Module) -> Iterator[None]:
-    """Run the fused layers on torch for a while: launches of Triton kernels are not counted."""
+    """Run the fused layers on torch, delta first, for a while: the same count on every device.
+
+    Launches of Triton kernels are not counted, and where a layer is merged depends on the machine.
+    """
     layers = [module for module in model.modules() if isinstance(module, SketchedForward)]
     before = [layer.implementation for layer in layers]
     try:

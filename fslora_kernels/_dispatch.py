@@ -14,7 +14,7 @@ class Choice(NamedTuple):
     """What was chosen and why.
 
     Attributes:
-        implementation: one of ``IMPLEMENTATIONS``.
+        implementation: a name of the operation's backends: one of ``IMPLEMENTATIONS``, or "merged".
         reason: one sentence.
     """
 
@@ -39,7 +39,7 @@ def unavailable(implementation: str, device: str) -> str | None:
     """Say why an implementation cannot run on a kind of device at all, without importing it.
 
     Args:
-        implementation: one of ``IMPLEMENTATIONS``.
+        implementation: a backend's name; only Triton is ever missing.
         device: torch's device type, ``"cpu"`` or ``"cuda"``.
 
     Returns:

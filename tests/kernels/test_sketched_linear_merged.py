@@ -73,10 +73,12 @@ def test_a_small_layer_is_merged_in_evaluations_only(monkeypatch):
         ({"x": torch.ones(FEWER, IN)}, "so few tokens"),
         ({"weight": None}, "no base weight"),
         ({"dropout": 0.1}, "another input"),
-        ({"dtype": torch.bfloat16}, "in float32 only"),
-        ({"weight": torch.ones(OUT, IN, dtype=torch.float64)}, "in float32 only"),
+        ({"dtype": torch.bfloat16}, "in float32 or wider"),
+        ({"weight": torch.ones(OUT, IN, dtype=torch.float64)}, "in float32 or wider"),
+        ({"weight": torch.eye(OUT, IN).to_sparse()}, "is sparse"),
+        ({"weight": torch.ones(1, TOKENS + 1), "x": torch.ones(TOKENS, TOKENS + 1)}, "so few"),
     ],
-    ids=["few tokens", "delta alone", "dropout", "bfloat16", "another dtype"],
+    ids=["few tokens", "delta alone", "dropout", "bfloat16", "another dtype", "sparse", "wide"],
 )
 def test_what_cannot_be_merged_is_delta_first_and_says_why(changes, why):
     choice = op.choose(call_of(**changes), None)
@@ -119,6 +121,24 @@ def test_gradcheck(conv1d, special):
         return sketched_linear(**{**arguments, **own})
 
     assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("frozen", ["lora_a", "lora_b"])
+def test_a_frozen_factor_costs_no_gradient_and_changes_no_other(frozen):
+    arguments = inputs(MANY, torch.float32)
+    wanted = [name for name in ("x", "lora_a", "lora_b") if name != frozen]
+    found = {}
+    for implementation in (None, "torch"):
+        leaves = {name: arguments[name].detach().requires_grad_() for name in wanted}
+        with count_flops() as count:
+            y = sketched_linear(**(arguments | leaves), implementation=implementation)
+            found[implementation] = torch.autograd.grad(y.square().sum(), list(leaves.values()))
+        if implementation is None:
+            products = 2 * TOKENS * IN * OUT + 2 * IN * OUT * SIZE
+            of_one_factor = 2 * TOKENS * SIZE * (IN + OUT)  # h and dB, or dh and dA
+            assert count.total == 2 * products + of_one_factor
+    for merged, delta_first in zip(found[None], found["torch"], strict=True):
+        torch.testing.assert_close(merged, delta_first, rtol=1e-4, atol=1e-4)
 
 
 def test_an_evaluation_computes_the_bits_of_training():

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from fslora_kernels.ops.sketched_linear.op import Arguments
 
 PRECISE = (torch.float32, torch.float64)
-# By operations it pays from T (D + E) = 2 D E on, whatever the ranks; passes over W double that.
+# By operations a step pays from T (D + E) = 2 D E on, whatever the ranks, and passes over W double
+# that; one without dx pays from T = D on.
 PAYS_FROM = 4
 
 
@@ -31,9 +32,12 @@ def refuses(arguments: Arguments) -> str | None:
     if weight is None or arguments.dropout:
         return "the delta has no base weight, or another input"
     if not x_TD.is_cpu or x_TD.dtype not in PRECISE or weight.dtype != x_TD.dtype:
-        return "measured on processors in float32 only"
-    out_features, in_features = weight.shape
-    if x_TD.shape[0] * (in_features + out_features) < PAYS_FROM * in_features * out_features:
+        return "for processors, in float32 or wider, only"
+    if weight.layout is not torch.strided:
+        return "the base weight is sparse"
+    tokens, (out_features, in_features) = x_TD.shape[0], weight.shape
+    enough = PAYS_FROM * in_features * out_features
+    if tokens < in_features or tokens * (in_features + out_features) < enough:
         return "so few tokens that delta first is faster"
     if arguments.keeps and backend_torch.differentiates_itself(arguments):
         return "so small a layer that torch's own differentiation is as fast"
@@ -41,7 +45,7 @@ def refuses(arguments: Arguments) -> str | None:
 
 
 def _merged(arguments: Arguments) -> Tensor:
-    """Return W + gain · BᵀA ``[E, D]``, laid out as W is."""
+    """Return W + gain · BᵀA ``[E, D]``: a copy, row-major if W is contiguous."""
     weight, gain = arguments.weight, arguments.gain
     if weight is None:
         raise ValueError("a delta alone cannot be merged")
@@ -58,7 +62,7 @@ def forward(arguments: Arguments) -> tuple[Tensor, tuple[Tensor, ...]]:
     x_TD, bias = arguments.x, arguments.bias
     w_DE = _merged(arguments).t()
     y_TE = x_TD.mm(w_DE) if bias is None else torch.addmm(bias.to(x_TD.dtype), x_TD, w_DE)
-    if not arguments.keeps:
+    if not (arguments.keeps and arguments.lora_b.requires_grad):
         return y_TE, (backend_torch.UNREAD[x_TD.dtype],)
     a_SD, _ = backend_torch.select(arguments)
     return y_TE, (backend_torch.shrink(x_TD, a_SD, arguments.gain),)

@@ -64,8 +64,8 @@ class Backend(Protocol):
     def forward(self, arguments: Arguments) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return y ``[T, E]``, and what the backward pass wants to keep beside the arguments.
 
-        y is contiguous. First among what is kept is h, which only the gradient of B needs; it has
-        no values where the arguments keep nothing.
+        y is contiguous. First among what is kept is h, which only the gradient of B needs; it may
+        have no values where B needs none or the arguments keep nothing.
         """
 
     def backward(
