@@ -45,6 +45,7 @@ from fslora_kernels.testing import check_error_budget
 ALPHA = 16.0
 RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 RECOMPUTE = "recompute"
+DELTA_FIRST = "delta first"
 _COLUMNS = ("× base", "× PEFT at R", "ours ÷")
 
 
@@ -60,6 +61,7 @@ class Workload:
         layers: keep only the first so many; 0 keeps all.
         dropout: of the adapter.
         recompute: whether there is a side of ours that makes inputs again in the backward pass.
+        evaluate: time evaluations instead, beside a side of ours that is delta first.
     """
 
     model: str
@@ -69,6 +71,7 @@ class Workload:
     layers: int = 0
     dropout: float = 0.0
     recompute: bool = False
+    evaluate: bool = False
 
     def __str__(self) -> str:
         """Name it for the table."""
@@ -141,6 +144,17 @@ class Side:
         return run
 
 
+def evaluation(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """Return a forward pass without gradients; the model is in eval mode from now on."""
+    model.eval()
+
+    @torch.no_grad()
+    def run() -> None:
+        model(**batch)
+
+    return run
+
+
 def _peft_side(model: nn.Module) -> Side:
     layers = [m for m in model.modules() if hasattr(m, "lora_A") and len(m.lora_A)]
     factors = [f["default"].weight for m in layers for f in (m.lora_A, m.lora_B)]
@@ -183,13 +197,17 @@ def make_sides(workload: Workload, rank: int, size: int, device: str) -> dict[st
         again = copy.deepcopy(fused)
         fslora_kernels.fuse(again, recompute=True)
         sides[RECOMPUTE] = _our_side(again, drawn)
+    if workload.evaluate:
+        other = copy.deepcopy(fused)
+        fslora_kernels.fuse(other, "torch")
+        sides[DELTA_FIRST] = _our_side(other, drawn)
     return {"ours": _our_side(fused, drawn), **sides}
 
 
 def error(sides: dict[str, Side], batch: dict[str, Tensor]) -> str | None:
     """Say how ours differs from PEFT at S, or None. Dropout of the model itself is off here."""
     peer = sides["PEFT at S"]
-    ours = [sides[name] for name in ("ours", RECOMPUTE) if name in sides]
+    ours = [side for name, side in sides.items() if not name.startswith("PEFT")]
     training = peer.model.training
     try:
         exact_side = _peft_side(copy.deepcopy(peer.model).double().eval())
@@ -220,6 +238,11 @@ def time_step(
     batch = {name: tensor.to(device) for name, tensor in workload.batch(base).items()}
     if problem := error(sides, batch):
         return problem
+    if workload.evaluate:
+        runs = {name: evaluation(side.model, batch) for name, side in sides.items()}
+        peers = {"base": evaluation(base, batch), **runs}
+        ours = peers.pop("ours")
+        return take_turns(ours, peers, clock(device), seconds=seconds, rounds=rounds), {}
     rest = {name: tensor for name, tensor in batch.items() if name != "input_ids"}
 
     def base_step() -> None:
@@ -262,7 +285,8 @@ def table(turns: Turns, peaks: dict[str, int]) -> str:
 
 
 def _workloads(chosen: argparse.Namespace) -> Iterator[Workload]:
-    size = {name: vars(chosen)[name] for name in ("batch_size", "length", "dropout", "recompute")}
+    names = ("batch_size", "length", "dropout", "recompute", "evaluate")
+    size = {name: vars(chosen)[name] for name in names}
     if chosen.model:
         yield Workload(chosen.model, classes=chosen.classes, layers=chosen.layers, **size)
         return
@@ -287,6 +311,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--length", type=int, default=128, help="tokens of an example")
     parser.add_argument("--dropout", type=float, default=0.0, help="of the adapter")
     parser.add_argument("--recompute", action="store_true", help="a row of fuse(recompute=True)")
+    parser.add_argument(
+        "--evaluate", action="store_true", help="time evaluations, not steps; a row of delta first"
+    )
     parser.add_argument("--rank", type=int, default=64, help="R")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="S/R, as decimals")
     parser.add_argument("--seconds", type=float, default=20.0, help="timing of each ratio")

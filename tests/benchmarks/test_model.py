@@ -35,6 +35,14 @@ def test_a_row_that_recomputes_holds_less(tmp_path):
     assert record["peak_bytes"]["recompute"] < record["peak_bytes"]["ours"]
 
 
+def test_evaluations_beside_delta_first(tmp_path):
+    out = tmp_path / "model.jsonl"
+    assert model.main([*FLAGS, "--repeats", "1", "--evaluate", "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert set(record["ratios"]) == {"ours", "base", "PEFT at R", "PEFT at S", "delta first"}
+    assert record["peak_bytes"] == {}  # of a training step
+
+
 def test_no_figure_while_ours_computes_something_else(capsys, monkeypatch, tmp_path):
     out = tmp_path / "model.jsonl"
     right = model.fslora_kernels.bind

@@ -12,11 +12,11 @@ from fslora_kernels.ops.sketched_linear.cases import Case
 from fslora_kernels.ops.sketched_linear.reference import reference
 from fslora_kernels.testing import check_error_budget, inputs, value_and_gradients
 
-from .contract import SketchedLinearContract
+from .contract import WITHOUT_DROPOUT, SketchedLinearContract
 
 TOKENS, IN, OUT, RANK, SIZE = 192, 32, 48, 16, 4
 MANY = Case("many tokens", TOKENS, IN, OUT, RANK, SIZE, bias=True)
-FEWER = backend_merged.PAYS_FROM * IN * OUT // (IN + OUT)
+FEWER = 4 * IN * OUT // (IN + OUT)
 NAMES = ("x", "weight", "lora_a", "lora_b", "bias")
 
 
@@ -32,7 +32,15 @@ class TestMerged(SketchedLinearContract):
 
     @pytest.fixture(autouse=True)
     def always(self, monkeypatch):
-        monkeypatch.setattr(backend_merged, "PAYS_FROM", 0)
+        monkeypatch.setattr(backend_merged, "pays", lambda *_: True)
+
+    def test_all_that_can_be_merged_are(self):
+        able = [case for case in WITHOUT_DROPOUT if case.base]
+        assert len(able) > 12
+        for case in able:
+            own = inputs(case, torch.float32)
+            call = call_of(**{name: own[name] for name in ("x", "weight", "lora_a", "index")})
+            assert op.choose(call, None).implementation == "merged", case.name
 
 
 def call_of(**changes):

@@ -21,9 +21,16 @@ if TYPE_CHECKING:
     from fslora_kernels.ops.sketched_linear.op import Arguments
 
 PRECISE = (torch.float32, torch.float64)
-# By operations a step pays from T (D + E) = 2 D E on, whatever the ranks, and passes over W double
-# that; one without dx pays from T = D on.
-PAYS_FROM = 4
+
+
+def pays(tokens: int, in_features: int, out_features: int) -> bool:
+    """Whether tokens are so many that a step is faster merged, whatever the ranks.
+
+    By operations it is from T (D + E) = 2 D E on, and without dx from T = D on; passes over W make
+    the first 4 D E.
+    """
+    both = tokens * (in_features + out_features)
+    return tokens >= in_features and both >= 4 * in_features * out_features
 
 
 def refuses(arguments: Arguments) -> str | None:
@@ -35,9 +42,7 @@ def refuses(arguments: Arguments) -> str | None:
         return "for processors, in float32 or wider, only"
     if weight.layout is not torch.strided:
         return "the base weight is sparse"
-    tokens, (out_features, in_features) = x_TD.shape[0], weight.shape
-    enough = PAYS_FROM * in_features * out_features
-    if tokens < in_features or tokens * (in_features + out_features) < enough:
+    if not pays(x_TD.shape[0], x_TD.shape[1], weight.shape[0]):
         return "so few tokens that delta first is faster"
     if arguments.keeps and backend_torch.differentiates_itself(arguments):
         return "so small a layer that torch's own differentiation is as fast"
