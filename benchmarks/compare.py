@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.checks import Referee
 from benchmarks.counting import Operations
 from benchmarks.graphs import InGraphs, take_turns_in_graphs
-from benchmarks.peers import Builder
+from benchmarks.peers import BASE_BY_ONEDNN, Builder
 from benchmarks.problem import Problem, Row, make_problem
 from benchmarks.roofline import Ceilings, least_time
 from benchmarks.shapes import Cell
@@ -32,6 +32,7 @@ from fslora_kernels.ops.sketched_linear import Cost, cost
 
 FULL_PEFT = "PEFT at R"
 FULL_OURS = "ours at R"
+_BARE = ("base", BASE_BY_ONEDNN)  # no adapter, and so no peer
 _PADDING = 16  # of ranks, in the Triton kernels
 # Rows that are also timed inside a CUDA graph.
 _IN_GRAPHS = frozenset(
@@ -121,11 +122,11 @@ class Result:
 
     @property
     def best_peer(self) -> Timed | None:
-        """The row that ours does worst against; neither ours nor the bare base layer."""
+        """The row that ours does worst against; neither ours nor a bare base layer."""
         ratios = {
             row.ours_over.median: row
             for row in self.rows
-            if row.ours_over is not None and not row.ours and row.name != "base"
+            if row.ours_over is not None and not row.ours and row.name not in _BARE
         }
         return ratios[max(ratios)] if ratios else None
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+from fslora_kernels.flops import UNCOUNTED
 from fslora_kernels.memory import addresses
 
-# In place, torch's own counter takes it for nothing; the shapes are those of addmm.
-_FLOPS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
+_FLOPS = {**flop_registry, **{op: shape_wrapper(flops) for op, flops in UNCOUNTED.items()}}
 
 
 class Operations(TorchDispatchMode):

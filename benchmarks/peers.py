@@ -17,9 +17,11 @@ from torch.nn import functional
 import fslora_kernels
 from benchmarks.problem import Problem, Row
 from benchmarks.shapes import Cell
+from fslora_kernels import _onednn
 from fslora_kernels._dispatch import IMPLEMENTATIONS, unavailable
 
 Builder = Callable[[Problem], Row]
+BASE_BY_ONEDNN = "base, oneDNN"
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -37,6 +39,39 @@ def base(problem: Problem) -> Row:
     """The bare base layer: forward and the gradient of x."""
     x = _x(problem)
     return Row("base", lambda: functional.linear(x, problem.weight), (x,), computes="base")
+
+
+class _ByOneDNN(torch.autograd.Function):
+    """A bare linear layer by the library that our layer takes on some processors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(weight)
+        return _onednn.product(x, weight.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        (weight,) = ctx.saved_tensors
+        return _onednn.product(dy, weight), None
+
+
+def base_by_onednn(problem: Problem) -> Row:
+    """The bare base layer by oneDNN: what part of our layer's time is the library's."""
+    x = _x(problem)
+
+    def call() -> Tensor:
+        result: Tensor = _ByOneDNN.apply(x, problem.weight)
+        return result
+
+    return Row(BASE_BY_ONEDNN, call, (x,), computes="base")
+
+
+def _bare(cell: Cell) -> list[Builder]:
+    """The bare layer, by both libraries where ours takes the other one."""
+    products = cell.tokens * cell.in_features * cell.out_features
+    other = cell.device == "cpu" and cell.dtype == "float32" and _onednn.faster()
+    return [base, base_by_onednn] if other and products >= _onednn.LEAST else [base]
 
 
 def eager(problem: Problem) -> Row:
@@ -283,7 +318,7 @@ def op(problem: Problem, *, implementation: str | None = None, view: bool = Fals
 def layer_rows(cell: Cell, *, compiled: bool) -> list[Builder]:
     """List the rows of the layer benchmark: ours first, then the base, then the peers."""
     sketched = cell.sketch_size < cell.rank
-    rows: list[Builder] = [ours, base]
+    rows: list[Builder] = [ours, *_bare(cell)]
     for full in (True, False) if sketched else (True,):
         rows.append(partial(peft, full=full))
         if cell.dtype != "float32":
@@ -301,7 +336,7 @@ def kernel_rows(cell: Cell, *, compiled: bool) -> list[Builder]:
     """List the rows of the kernel benchmark: ours as dispatch chooses, then what else there is."""
     del compiled
     can = [name for name in IMPLEMENTATIONS if unavailable(name, cell.device) is None]
-    rows: list[Builder] = [op, base, delta_first, unsloth_style, eager]
+    rows: list[Builder] = [op, *_bare(cell), delta_first, unsloth_style, eager]
     if len(can) > 1:
         rows += [partial(op, implementation=name) for name in can]
     if cell.sketch_size < cell.rank:

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fslora_kernels import _onednn
 from fslora_kernels._dispatch import IMPLEMENTATIONS, interpreting, unavailable
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "safetensors", "matplotlib", "datasets")
@@ -60,6 +61,11 @@ def doctor(console: Console) -> None:
         "float32 merges the delta into a copy of the weight where tokens are many; a layer that is "
         "asked for one that cannot run refuses and says why."
     )
+    if _onednn.faster():
+        console.print(
+            "Large products of fused layers in float32: by oneDNN, the faster library on this "
+            "processor; torch.backends.mkldnn.enabled = False leaves them to torch's usual one."
+        )
     if torch.cuda.is_available() and unavailable("triton", "cuda") is None:
         for number in range(torch.cuda.device_count()):
             console.print(tiles(torch.cuda.get_device_name(number)), markup=False)

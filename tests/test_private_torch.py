@@ -17,6 +17,7 @@ KNOWN = {
     "torch.cpu._is_amx_tile_supported",
     "torch.nn.modules.module._has_any_global_hook",
     "torch.ops.aten._unsafe_view.default",
+    "torch.ops.mkldnn._linear_pointwise",
     "torch.utils._python_dispatch",
     "torch.utils._pytree",
 }

@@ -1,5 +1,6 @@
 """Where tokens are many the delta is merged into the base weight, in each pass anew."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,6 @@ from .contract import WITHOUT_DROPOUT, SketchedLinearContract
 
 TOKENS, IN, OUT, RANK, SIZE = 192, 32, 48, 16, 4
 MANY = Case("many tokens", TOKENS, IN, OUT, RANK, SIZE, bias=True)
-FEWER = 4 * IN * OUT // (IN + OUT)
 NAMES = ("x", "weight", "lora_a", "lora_b", "bias")
 
 
@@ -67,6 +67,23 @@ def test_it_is_chosen_where_tokens_are_many_and_never_against_a_request():
         op.choose(call_of(), "merged")
 
 
+@pytest.mark.parametrize(
+    ("keeps", "needs_dx", "tokens"),
+    [
+        (True, True, 4 * IN * OUT / (IN + OUT)),
+        (True, False, 2 * IN),
+        (False, False, 2 * IN * OUT / (IN + OUT)),
+    ],
+    ids=["step", "step without dx", "evaluation"],
+)
+def test_it_is_chosen_where_it_leaves_out_twice_what_it_adds(keeps, needs_dx, tokens):
+    chosen = [
+        op.choose(call_of(x=torch.ones(t, IN, requires_grad=needs_dx), keeps=keeps), None)
+        for t in (math.ceil(tokens), math.ceil(tokens) - 1)
+    ]
+    assert [choice.implementation for choice in chosen] == ["merged", "torch"]
+
+
 def test_a_small_layer_is_merged_in_evaluations_only(monkeypatch):
     monkeypatch.setattr(backend_torch, "SMALL_LAYER", IN * OUT)
     choice = op.choose(call_of(), None)
@@ -78,7 +95,7 @@ def test_a_small_layer_is_merged_in_evaluations_only(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"x": torch.ones(FEWER, IN)}, "so few tokens"),
+        ({"x": torch.ones(2 * IN - 1, IN)}, "so few tokens"),
         ({"weight": None}, "no base weight"),
         ({"dropout": 0.1}, "another input"),
         ({"dtype": torch.bfloat16}, "in float32 or wider"),

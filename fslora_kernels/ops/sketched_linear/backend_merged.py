@@ -23,14 +23,19 @@ if TYPE_CHECKING:
 PRECISE = (torch.float32, torch.float64)
 
 
-def pays(tokens: int, in_features: int, out_features: int) -> bool:
-    """Whether tokens are so many that a step is faster merged, whatever the ranks.
+def pays(arguments: Arguments, weight: Tensor) -> bool:
+    """Whether tokens are so many that merging is the faster, whatever the ranks.
 
-    By operations it is from T (D + E) = 2 D E on, and without dx from T = D on; passes over W make
-    the first 4 D E.
+    That is where it leaves out twice the operations that it adds: passes over W cost as much again.
     """
-    both = tokens * (in_features + out_features)
-    return tokens >= in_features and both >= 4 * in_features * out_features
+    tokens, in_features = arguments.x.shape
+    out_features = weight.shape[0]
+    left_out, merged = tokens * (in_features + out_features), in_features * out_features
+    if arguments.keeps and arguments.x.requires_grad:
+        merged *= 2  # in both passes
+    elif arguments.keeps:
+        left_out = tokens * out_features  # x Aᵀ is there for dB
+    return left_out >= 2 * merged
 
 
 def refuses(arguments: Arguments) -> str | None:
@@ -42,7 +47,7 @@ def refuses(arguments: Arguments) -> str | None:
         return "for processors, in float32 or wider, only"
     if weight.layout is not torch.strided:
         return "the base weight is sparse"
-    if not pays(x_TD.shape[0], x_TD.shape[1], weight.shape[0]):
+    if not pays(arguments, weight):
         return "so few tokens that delta first is faster"
     if arguments.keeps and backend_torch.differentiates_itself(arguments):
         return "so small a layer that torch's own differentiation is as fast"
@@ -66,7 +71,7 @@ def forward(arguments: Arguments) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return y ``[T, E]`` and h ``[T, S]``, the latter times the gain, as the backward wants it."""
     x_TD, bias = arguments.x, arguments.bias
     w_DE = _merged(arguments).t()
-    y_TE = x_TD.mm(w_DE) if bias is None else torch.addmm(bias.to(x_TD.dtype), x_TD, w_DE)
+    y_TE = backend_torch.multiply(x_TD, w_DE, None if bias is None else bias.to(x_TD.dtype))
     if not (arguments.keeps and arguments.lora_b.requires_grad):
         return y_TE, (backend_torch.UNREAD[x_TD.dtype],)
     a_SD, _ = backend_torch.select(arguments)
@@ -82,4 +87,4 @@ def backward(
     """Return the gradients of x, A and B (those that ``needs`` asks for)."""
     needs_x, needs_a, needs_b = needs
     _, da, db = backend_torch.backward(arguments, kept, dy_TE, (False, needs_a, needs_b))
-    return dy_TE.mm(_merged(arguments)) if needs_x else None, da, db
+    return backend_torch.multiply(dy_TE, _merged(arguments)) if needs_x else None, da, db

@@ -1,8 +1,9 @@
 """The operation on torch's own matrix products: delta first, the base product added in place.
 
 Writing the delta first and accumulating the base product into it costs one visible write of the
-output, and rounds once less than adding the delta to a finished base product. In bfloat16 the order
-is the other one on a processor without AMX, where accumulating a large product is slow.
+output, and rounds once less than adding the delta to a finished base product. The order is the
+other one where oneDNN computes the base product, which it cannot accumulate, and in bfloat16 on a
+processor without AMX, where accumulating a large product is slow.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from fslora_kernels import _onednn
 
 if TYPE_CHECKING:
     from fslora_kernels.ops.sketched_linear.op import Arguments
@@ -76,6 +79,13 @@ def _untiled(x: Tensor) -> bool:
     return x.is_cpu and x.dtype not in TILED
 
 
+def multiply(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``left right + bias`` where nobody differentiates it, by the faster library."""
+    if _onednn.takes(left, right):
+        return _onednn.product(left, right, bias)
+    return left.mm(right) if bias is None else torch.addmm(bias, left, right)
+
+
 def shrink(x_TF: Tensor, factor_SF: Tensor, gain: float | Tensor) -> Tensor:
     """Return gain · x factorᵀ ``[T, S]``; on a processor rank-major where the ranks are few."""
     if isinstance(gain, Tensor):
@@ -86,7 +96,18 @@ def shrink(x_TF: Tensor, factor_SF: Tensor, gain: float | Tensor) -> Tensor:
         unread = x_TF.new_empty(())
     if factor_SF.shape[0] < RANK_MAJOR_BELOW and _untiled(x_TF):
         return torch.addmm(unread, factor_SF, x_TF.t(), beta=0.0, alpha=gain).t()
+    if _onednn.takes(x_TF, factor_SF.t()):
+        return _onednn.product(x_TF, factor_SF.t()).mul_(gain)
     return torch.addmm(unread, x_TF, factor_SF.t(), beta=0.0, alpha=gain)
+
+
+def _fastest_sum(
+    delta: tuple[Tensor, Tensor], base: tuple[Tensor, Tensor] | None, bias: Tensor | None = None
+) -> Tensor:
+    """Return ``_sum`` where nobody differentiates it, by the faster library."""
+    if base is not None and _onednn.takes(*base):
+        return _onednn.product(*base, bias).addmm_(*delta)
+    return _sum(delta, base, bias)
 
 
 def _sum(
@@ -104,12 +125,12 @@ def _sum(
     return y_TE.addmm_(*second)
 
 
-def _outputs(arguments: Arguments, h_TS: Tensor, b_SE: Tensor) -> Tensor:
-    """Return the delta plus the base product and the bias: ``[T, E]``."""
+def _base(arguments: Arguments) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+    """Return what the base layer multiplies, ``[T, D]`` and ``[D, E]``, and its bias."""
     x_TD, weight, bias = arguments.x, arguments.weight, arguments.bias
     dtype = x_TD.dtype
     base = None if weight is None else (x_TD, _cast(weight, dtype).t())
-    return _sum((h_TS, b_SE), base, None if bias is None else _cast(bias, dtype))
+    return base, None if bias is None else _cast(bias, dtype)
 
 
 def differentiates_itself(arguments: Arguments) -> bool:
@@ -127,7 +148,7 @@ def differentiable(arguments: Arguments) -> Tensor:
     elif arguments.dropout:
         x_TD, gain = x_TD * _mask(arguments), arguments.kept_gain
     h_TS = functional.linear(x_TD, a_SD).mul_(gain)
-    return _outputs(arguments, h_TS, b_SE)
+    return _sum((h_TS, b_SE), *_base(arguments))
 
 
 def forward(arguments: Arguments) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -136,7 +157,7 @@ def forward(arguments: Arguments) -> tuple[Tensor, tuple[Tensor, ...]]:
     a_SD, b_SE = select(arguments)
     dropped_TD = x_TD * _mask(arguments) if arguments.dropout else x_TD
     h_TS = shrink(dropped_TD, a_SD, arguments.kept_gain)
-    return _outputs(arguments, h_TS, b_SE), (h_TS,)
+    return _fastest_sum((h_TS, b_SE), *_base(arguments)), (h_TS,)
 
 
 def backward(
@@ -156,19 +177,21 @@ def backward(
     dx = da = db = None
     if needs_b:
         # hᵀ dy rather than dyᵀ h: several times faster on a CPU, and one rank is one row.
-        db = widen(torch.mm(h_TS.t(), dy_TE), index, arguments.lora_b)
+        db = widen(multiply(h_TS.t(), dy_TE), index, arguments.lora_b)
     if not (needs_x or needs_a):
         return dx, da, db
     dh_TS = shrink(dy_TE, b_SE, arguments.kept_gain)
     mask_TD = _mask(arguments) if arguments.dropout else None
     if needs_a:
         dropped_TD = x_TD if mask_TD is None else x_TD * mask_TD
-        da = widen(torch.mm(dh_TS.t(), dropped_TD), index, arguments.lora_a)
+        da = widen(multiply(dh_TS.t(), dropped_TD), index, arguments.lora_a)
     if needs_x:
         weight = arguments.weight
         base = None if weight is None else (dy_TE, _cast(weight, x_TD.dtype))
         if mask_TD is None:
-            dx = _sum((dh_TS, a_SD), base)
+            dx = _fastest_sum((dh_TS, a_SD), base)
+        elif base is not None and _onednn.takes(*base):
+            dx = _onednn.product(*base).addcmul_(torch.mm(dh_TS, a_SD), mask_TD)
         else:
             dx = torch.mm(dh_TS, a_SD).mul_(mask_TD)
             dx = dx if base is None else dx.addmm_(*base)
