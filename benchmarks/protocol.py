@@ -2,13 +2,15 @@
 
 The protocol was committed before the first run. Every run is an ordinary simulation, searched and
 summed up by ``fslora compare``, one comparison for each setting; what a finished run recorded is
-kept in benchmarks/results/protocol, so that another machine, or a later day, repeats nothing.
+kept in benchmarks/results/protocol, so that another machine, or a later day, repeats nothing; what
+each call of this command took of a processor is noted beside it.
 ``--protocol FILE`` runs another one, kept and reported likewise under the names that it gives.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,7 @@ from rich.console import Console
 
 from benchmarks.claims import claims_table
 from benchmarks.protocol_cache import collect, ended, restore
+from benchmarks.timing import append_record, device_name, git_commit
 from benchmarks.workload import shared_data
 from fslora import disk
 from fslora.compare.command import COMPARE_FILE, compare, join
@@ -35,6 +38,7 @@ HERE = Path(__file__).resolve().parent
 PROTOCOL = HERE / "protocol.toml"
 DOCUMENT = "docs/results.md"
 MARK = "<!-- What follows is written by `python -m benchmarks protocol`. -->"
+SPENT = "spent.jsonl"
 _PATHS = ("model", "data", "eval_data")
 
 
@@ -79,16 +83,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if slug not in wanted:
             continue
         console.print(f"{slug}: {before} runs were finished before")
+        start_s = _cpu_s()
         try:
             if not chosen.collect:
                 compare(setting.config, console)
         finally:
+            spent_s = _cpu_s() - start_s
             count = collect(folder, store, shared_data())
             console.print(f"{slug}: {count} finished runs are kept in {store}")
+            if count > before:
+                spent = {"setting": slug, "runs": count - before, "cpu_seconds": round(spent_s, 1)}
+                provenance = {"commit": git_commit(), "processor": device_name("cpu")}
+                append_record(store.parent / SPENT, spent | provenance)
     for setting in settings.values():
         sum_up(setting, console)
     write_results(settings, out, document, console)
     return 0
+
+
+def _cpu_s() -> float:
+    """CPU seconds of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
 
 
 def read_protocol(path: Path, out: Path, jobs: int) -> dict[str, Setting]:

@@ -253,5 +253,9 @@ def test_the_page_has_every_setting_that_is_kept_whatever_was_asked_for(tmp_path
         assert not list((tmp_path / "two/a").rglob("state.safetensors")), "nothing is trained again"
         page.unlink()
         assert titles("three", "--collect") == (both, text)
+        spent = (tmp_path / "benchmarks/results/toy/spent.jsonl").read_text().splitlines()
+        noted = [json.loads(line) for line in spent]
+        assert [(line["setting"], line["runs"]) for line in noted] == [("a", 1), ("b", 1)]
+        assert all(0 < line["cpu_seconds"] < 600 for line in noted)
     finally:
         torch.set_num_threads(threads)
