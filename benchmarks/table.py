@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks.compare import Result, Timed
+from benchmarks.peers import BASE_BY_ONEDNN
 from benchmarks.shapes import Cell, ratio_name
 from benchmarks.timing import Interval
 
@@ -14,7 +15,8 @@ LEGEND = """\
   × base      over the bare base layer (its forward and dx), median and 95% interval
   × PEFT      over PEFT at rank R
   ours ÷      ours over this row, run beside it; above 1 ours is slower
-  adapter     milliseconds beyond the bare base layer's in the same round
+  adapter     milliseconds beyond the bare base layer's in the same round; 'base, oneDNN' is that
+              layer by the library that ours takes on this processor
   roof        least time of the cell, delta first (of the base: without an adapter), over the row's
   Mflop       executed, masked and padded ranks included; the cell's line says what is useful
   MB          read and written, each operation's tensors once
@@ -45,7 +47,9 @@ def cell_table(result: Result) -> str:
     )
     lines += [_line(row) for row in result.rows]
     if result.adapter_share is not None:
-        lines.append(f"  adapter time at S over that at R: {result.adapter_share}")
+        by_onednn = any(row.name == BASE_BY_ONEDNN and not row.error for row in result.rows)
+        beyond = f", beyond {BASE_BY_ONEDNN!r}" if by_onednn else ""
+        lines.append(f"  adapter time at S over that at R{beyond}: {result.adapter_share}")
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from benchmarks.roofline import Ceilings, ceilings, least_time
 from benchmarks.shapes import Cell
 from benchmarks.table import cell_table, summary
 from benchmarks.timing import Interval, clock
+from fslora_kernels import _onednn
 from fslora_kernels.ops.sketched_linear import cost
 
 CEILINGS = Ceilings(1e11, 1e10)
@@ -105,6 +106,27 @@ def test_figures_of_a_cell():
     assert kept["row"] == "ours"
     assert kept["cell"]["ratio"] == 0.25
     assert kept["over_base"]["median"] == rows["ours"].over_base.median
+
+
+@pytest.mark.skipif(_onednn.operator() is None, reason="this torch has no oneDNN")
+def test_where_ours_takes_onednn_the_bare_layer_is_shown_by_it_too(monkeypatch):
+    monkeypatch.setattr(_onednn, "LEAST", 1)
+    monkeypatch.setattr(_onednn, "faster", lambda: False)
+    assert "base, oneDNN" not in built(cell())[1]
+    monkeypatch.setattr(_onednn, "faster", lambda: True)
+    assert "base, oneDNN" not in built(cell(dtype="bfloat16"))[1]
+    problem, rows = built(cell())
+    assert Referee(problem).error(rows["base, oneDNN"]) is None
+    result = measured()
+    by_name = {row.name: row for row in result.rows}
+    assert by_name["base, oneDNN"].counted.flops == by_name["base"].counted.flops
+    assert not by_name["base, oneDNN"].ours
+    fastest = Interval(9.0, 9.0, 9.0)  # a bare layer faster than ours makes ours no slower
+    rows = [
+        dataclasses.replace(row, ours_over=fastest) if row.name == "base, oneDNN" else row
+        for row in result.rows
+    ]
+    assert dataclasses.replace(result, rows=rows).best_peer.name == result.best_peer.name
 
 
 def test_a_red_row_has_no_figures(monkeypatch):
