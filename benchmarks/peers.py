@@ -69,9 +69,9 @@ def base_by_onednn(problem: Problem) -> Row:
 
 def _bare(cell: Cell) -> list[Builder]:
     """The bare layer, by both libraries where ours takes the other one."""
-    products = cell.tokens * cell.in_features * cell.out_features
-    other = cell.device == "cpu" and cell.dtype == "float32" and _onednn.faster()
-    return [base, base_by_onednn] if other and products >= _onednn.LEAST else [base]
+    shape = (cell.tokens, cell.in_features, cell.out_features)
+    float32 = cell.device == "cpu" and cell.dtype == "float32"
+    return [base, base_by_onednn] if float32 and _onednn.pays(*shape) else [base]
 
 
 def eager(problem: Problem) -> Row:

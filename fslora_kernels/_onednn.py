@@ -1,9 +1,9 @@
-"""Large float32 products on AMD's processors: oneDNN is faster there than torch's usual library.
+"""Products with a base weight in float32 on AMD's processors: oneDNN is the faster library there.
 
 For float32 on an x86 processor torch calls MKL. On AMD's with AVX-512 oneDNN, which torch brings
 along and calls for bfloat16, takes 0.8 to 0.95 of the time, from some size on. It rounds 1.4 to 2.3
-times as much. Elsewhere nothing was measured, and nothing changes; nor does it where oneDNN is
-turned off (``torch.backends.mkldnn.enabled = False``).
+times as much (4 times where all values have one sign). Elsewhere nothing was measured, and nothing
+changes; nor does it where oneDNN is turned off (``torch.backends.mkldnn.enabled = False``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from torch.nn import Parameter
 
 # Multiplications from which on a product pays for what oneDNN does before it begins.
 LEAST = 1 << 25
+# oneDNN keeps half a MiB for good for every number of tokens that a layer ever sees. With batches
+# of any length that would grow to half a GiB; so MKL computes those that are no whole multiple.
+TOKENS = 256
 
 
 def operator() -> Any:  # noqa: ANN401
@@ -33,28 +36,48 @@ def faster() -> bool:
     return str(processor.get("cpu_name")).startswith("AMD") and bool(processor.get("avx512_f"))
 
 
-def takes(left: Tensor, right: Tensor) -> bool:
-    """Whether ``product`` is the faster way to this matrix product: large ones of plain tensors."""
+def pays(tokens: int, in_features: int, out_features: int) -> bool:
+    """Whether oneDNN is the better choice for a float32 product of this size, here."""
     return (
-        left.is_cpu
-        and right.is_cpu
-        and left.dtype == right.dtype == torch.float32
-        and left.numel() * right.shape[1] >= LEAST
+        tokens * in_features * out_features >= LEAST
+        and tokens % TOKENS == 0
         and faster()
         and bool(torch.backends.mkldnn.enabled)
-        and _is_plain(left)
-        and _is_plain(right)
+    )
+
+
+def takes(left_TF: Tensor, right_FG: Tensor, *others: Tensor | None) -> bool:
+    """Whether ``product`` is the better way to this matrix product.
+
+    Args:
+        left_TF: ``[T, F]``.
+        right_FG: ``[F, G]``.
+        others: what is added to the product; only its type counts.
+    """
+    return (
+        left_TF.is_cpu
+        and left_TF.dtype == right_FG.dtype == torch.float32
+        and pays(left_TF.shape[0], left_TF.shape[1], right_FG.shape[1])
+        and all(other is None or type(other) in (Tensor, Parameter) for other in others)
+        and _is_plain(left_TF)
+        and _is_plain(right_FG)
     )
 
 
 def _is_plain(matrix: Tensor) -> bool:
     """Whether this is a tensor of torch's own, row-major or column-major."""
-    return type(matrix) in (Tensor, Parameter) and (
-        matrix.is_contiguous() or matrix.t().is_contiguous()
+    return (
+        type(matrix) in (Tensor, Parameter)
+        and matrix.layout is torch.strided
+        and (matrix.is_contiguous() or matrix.t().is_contiguous())
     )
 
 
-def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(left_TF: Tensor, right_FG: Tensor, bias_G: Tensor | None = None) -> Tensor:
     """Return ``left right + bias``, row-major; torch cannot differentiate it."""
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
+    if bias_G is not None:
+        bias_G = bias_G.contiguous()  # the operator does not ask for strides
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(
+        left_TF, right_FG.t(), bias_G, "none", [], ""
+    )
     return found

@@ -14,6 +14,7 @@ KNOWN = {
     "torch._C._is_tracing",
     "torch._foreach_norm",
     "torch._subclasses.fake_tensor",
+    "torch.autograd.forward_ad._current_level",
     "torch.cpu._is_amx_tile_supported",
     "torch.nn.modules.module._has_any_global_hook",
     "torch.ops.aten._unsafe_view.default",

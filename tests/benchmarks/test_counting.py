@@ -1,7 +1,9 @@
+import pytest
 import torch
 from torch.nn.modules.module import _has_any_global_hook
 
 from benchmarks.counting import Operations
+from fslora_kernels import _onednn
 from fslora_kernels.memory import AliveBytes, addresses, saved_storages
 
 
@@ -27,6 +29,14 @@ def test_products_are_counted_in_place_too_and_without_hooks_on_modules():
         y.addmm_(x, weight)
         assert not _has_any_global_hook()
     assert seen.flops == 2 * 2 * 10 * 20 * 30
+
+
+@pytest.mark.skipif(_onednn.operator() is None, reason="this torch has no oneDNN")
+def test_products_by_onednn_are_counted():
+    x, weight = torch.ones(10, 20), torch.ones(20, 30)
+    with Operations() as seen:
+        _onednn.product(x, weight, torch.ones(30))
+    assert seen.flops == 2 * 10 * 20 * 30
 
 
 def test_each_saved_storage_counts_once_and_known_ones_not():

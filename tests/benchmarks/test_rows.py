@@ -111,6 +111,7 @@ def test_figures_of_a_cell():
 @pytest.mark.skipif(_onednn.operator() is None, reason="this torch has no oneDNN")
 def test_where_ours_takes_onednn_the_bare_layer_is_shown_by_it_too(monkeypatch):
     monkeypatch.setattr(_onednn, "LEAST", 1)
+    monkeypatch.setattr(_onednn, "TOKENS", 1)
     monkeypatch.setattr(_onednn, "faster", lambda: False)
     assert "base, oneDNN" not in built(cell())[1]
     monkeypatch.setattr(_onednn, "faster", lambda: True)

@@ -29,6 +29,7 @@ def taken(monkeypatch):
     plain = _onednn.product
     monkeypatch.setattr(_onednn, "faster", lambda: True)
     monkeypatch.setattr(_onednn, "LEAST", 1)
+    monkeypatch.setattr(_onednn, "TOKENS", 1)
     monkeypatch.setattr(_onednn, "product", product)
     monkeypatch.setattr(backend_torch, "SMALL_LAYER", 0)
     return found
@@ -62,33 +63,38 @@ def test_the_products_of_a_step_are_its_own_and_all_are_counted(
             )
         counted[faster] = count.total
         if faster:
-            # x W', x A', h' dy, dy B', dh' x, dy W; the base's weight trains by torch's product
-            assert len(taken) == 6
-            assert taken.count([(33, 48), (48, 40), (40,)]) == 1
-            assert taken.count([(33, 40), (40, 48)]) == 1
+            assert taken == [[(33, 48), (48, 40), (40,)], [(33, 40), (40, 48)]]
         taken.clear()
     assert counted[True] == counted[False] > 0
-
-
-def test_few_ranks_stay_rank_major(taken):
-    arguments = inputs(Case("few", 33, 48, 40, 24, 8), torch.float32)
-    sketched_linear(**arguments)
-    assert taken == [[(33, 48), (48, 40)]]
 
 
 @pytest.mark.parametrize(
     "strange",
     [
-        lambda x: x.t().contiguous().t(),
-        lambda x: x[:1].expand(33, 48),
-        lambda x: torch.cat([x, x], 1)[:, ::2],
-        lambda x: torch.cat([x[0, :1], x.flatten()])[1:].view(33, 48),
+        ("x", lambda x: x.t().contiguous().t()),
+        ("x", lambda x: x[:1].expand(33, 48)),
+        ("x", lambda x: torch.cat([x, x], 1)[:, ::2]),
+        ("x", lambda x: torch.cat([x[0, :1], x.flatten()])[1:].view(33, 48)),
+        ("weight", lambda w: w.t().contiguous().t()),
+        ("bias", lambda b: b.repeat_interleave(2)[::2]),
+        ("bias", lambda b: b[:1].expand(40)),
     ],
-    ids=["column-major", "expanded", "every other", "misaligned"],
+    ids=[
+        "x column-major",
+        "x expanded",
+        "x every other",
+        "x misaligned",
+        "weight column-major",
+        "bias every other",
+        "bias expanded",
+    ],
 )
-def test_strange_inputs_within_the_budget(strange):
+@pytest.mark.parametrize("merged", [False, True])
+def test_strange_inputs_within_the_budget(strange, merged, monkeypatch):
+    monkeypatch.setattr(backend_merged, "pays", lambda *_: merged)
     arguments = inputs(LAYER, torch.float32)
-    arguments["x"] = strange(arguments["x"])
+    name, change = strange
+    arguments[name] = change(arguments[name])
     dy = torch.ones(()).expand(33, 40)
     exact_arguments = {
         name: value.double() if torch.is_tensor(value) and name != "index" else value
@@ -101,6 +107,7 @@ def test_strange_inputs_within_the_budget(strange):
         check_error_budget(value, eager[name], exact[name], name=name)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_what_it_does_not_take(monkeypatch):
     left, right = torch.ones(4, 6), torch.ones(6, 5)
 
@@ -113,29 +120,45 @@ def test_what_it_does_not_take(monkeypatch):
     assert not _onednn.takes(left.double(), right.double())
     assert not _onednn.takes(left, right.as_subclass(Strange))
     assert not _onednn.takes(left, torch.ones(6, 10)[:, ::2])
-    assert not _onednn.takes(left, torch.eye(6, 5).to_sparse())
+    assert _onednn.takes(left.t().contiguous().t(), right)
+    assert not _onednn.takes(torch.ones(4, 12)[:, ::2], right)
+    assert not _onednn.takes(left.as_subclass(Strange), right)
+    for sparse in (torch.eye(6, 5).to_sparse(), torch.eye(5, 6).to_sparse_csr().t()):
+        assert not _onednn.takes(left, sparse)
+    assert _onednn.takes(left, right, None, right, nn.Parameter(right))
+    assert not _onednn.takes(left, right, right.as_subclass(Strange))
     assert not _onednn.takes(left.to("meta"), right.to("meta"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.backends.mkldnn, "enabled", False)
         assert not _onednn.takes(left, right)
-    monkeypatch.setattr(_onednn, "LEAST", 4 * 6 * 5 + 1)
-    assert not _onednn.takes(left, right)
+    for least, enough in ((4 * 6 * 5 + 1, False), (4 * 6 * 5, True)):
+        monkeypatch.setattr(_onednn, "LEAST", least)
+        assert _onednn.takes(left, right) == enough
     monkeypatch.setattr(_onednn, "LEAST", 1)
     assert not _onednn.takes(left[:0], right)
+    for tokens, whole in ((2, True), (3, False), (4, True), (8, False)):
+        monkeypatch.setattr(_onednn, "TOKENS", tokens)
+        assert _onednn.takes(left, right) == whole
+    monkeypatch.setattr(_onednn, "TOKENS", 1)
     monkeypatch.setattr(_onednn, "faster", lambda: False)
     assert not _onednn.takes(left, right)
 
 
 @pytest.mark.parametrize(
-    ("name", "avx512", "faster"),
-    [("AMD EPYC 9654", True, True), ("AMD EPYC 7763", False, False), ("Intel Xeon", True, False)],
+    ("name", "avx512", "mkl", "faster"),
+    [
+        ("AMD EPYC 9654", True, True, True),
+        ("AMD EPYC 9654", True, False, False),
+        ("AMD EPYC 7763", False, True, False),
+        ("Intel Xeon", True, True, False),
+    ],
 )
-def test_only_where_it_was_measured(name, avx512, faster, monkeypatch):
+def test_only_where_it_was_measured(name, avx512, mkl, faster, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(
         torch.cpu, "get_capabilities", lambda: {"cpu_name": name, "avx512_f": avx512}
     )
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     assert _onednn.faster.__wrapped__() is faster
 
 
@@ -148,7 +171,17 @@ def test_what_transforms_never_meets_it(taken):
     assert not taken
 
 
-def test_a_small_layer_trains_and_is_evaluated_without_it(monkeypatch, taken):
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_a_sparse_base_weight_is_left_to_torch(taken):
+    arguments = inputs(LAYER, torch.float32)
+    dense = sketched_linear(**arguments, implementation="torch")
+    taken.clear()
+    arguments["weight"] = arguments["weight"].to_sparse_csr()
+    torch.testing.assert_close(sketched_linear(**arguments), dense, rtol=1e-4, atol=1e-4)
+    assert not taken
+
+
+def test_a_small_layer_under_delta_first_is_left_to_torch(monkeypatch, taken):
     monkeypatch.setattr(backend_torch, "SMALL_LAYER", 48 * 40)
     monkeypatch.setattr(backend_merged, "pays", lambda *_: False)
     arguments = inputs(LAYER, torch.float32)

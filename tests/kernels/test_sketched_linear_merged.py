@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from fslora_kernels import sketched_linear
 from fslora_kernels.flops import count_flops
@@ -73,8 +74,9 @@ def test_it_is_chosen_where_tokens_are_many_and_never_against_a_request():
         (True, True, 4 * IN * OUT / (IN + OUT)),
         (True, False, 2 * IN),
         (False, False, 2 * IN * OUT / (IN + OUT)),
+        (False, True, 2 * IN * OUT / (IN + OUT)),
     ],
-    ids=["step", "step without dx", "evaluation"],
+    ids=["step", "step without dx", "evaluation", "evaluation of a leaf"],
 )
 def test_it_is_chosen_where_it_leaves_out_twice_what_it_adds(keeps, needs_dx, tokens):
     chosen = [
@@ -166,7 +168,7 @@ def test_a_frozen_factor_costs_no_gradient_and_changes_no_other(frozen):
         torch.testing.assert_close(merged, delta_first, rtol=1e-4, atol=1e-4)
 
 
-def test_an_evaluation_computes_the_bits_of_training():
+def test_an_evaluation_that_merges_as_training_does_computes_its_bits():
     arguments = inputs(MANY, torch.float32)
     for name in ("x", "lora_a", "lora_b"):
         arguments[name].requires_grad_()
@@ -175,6 +177,29 @@ def test_an_evaluation_computes_the_bits_of_training():
         evaluated = sketched_linear(**arguments)
     assert torch.equal(trained, evaluated)
     assert count.total == 2 * TOKENS * IN * OUT + 2 * IN * OUT * SIZE  # not even h
+
+
+@pytest.mark.parametrize("implementation", [None, "torch"])
+def test_an_evaluation_passes_no_autograd_function(implementation, monkeypatch):
+    arguments = inputs(MANY, torch.float32) | {"implementation": implementation}
+    arguments["x"] = arguments["x"].view(4, -1, IN).requires_grad_()
+    trained = sketched_linear(**arguments)
+    monkeypatch.setattr(op, "SketchedLinear", None)
+    with torch.no_grad():
+        evaluated = sketched_linear(**arguments)
+    assert torch.equal(trained, evaluated)
+    assert not evaluated._is_view()  # which nobody could write over and then differentiate
+    evaluated.add_(torch.zeros(OUT, requires_grad=True)).sum().backward()
+
+
+@pytest.mark.parametrize("implementation", [None, "torch"])
+def test_forward_mode_is_refused_in_evaluations_too(implementation):
+    arguments = inputs(MANY, torch.float32) | {"implementation": implementation}
+    x = arguments["x"]
+    with torch.no_grad(), forward_ad.dual_level():
+        arguments["x"] = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="jvp"):
+            sketched_linear(**arguments)
 
 
 def test_the_base_weight_stays_and_nothing_of_its_size_is_kept():

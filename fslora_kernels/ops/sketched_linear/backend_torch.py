@@ -79,13 +79,6 @@ def _untiled(x: Tensor) -> bool:
     return x.is_cpu and x.dtype not in TILED
 
 
-def multiply(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``left right + bias`` where nobody differentiates it, by the faster library."""
-    if _onednn.takes(left, right):
-        return _onednn.product(left, right, bias)
-    return left.mm(right) if bias is None else torch.addmm(bias, left, right)
-
-
 def shrink(x_TF: Tensor, factor_SF: Tensor, gain: float | Tensor) -> Tensor:
     """Return gain · x factorᵀ ``[T, S]``; on a processor rank-major where the ranks are few."""
     if isinstance(gain, Tensor):
@@ -96,16 +89,21 @@ def shrink(x_TF: Tensor, factor_SF: Tensor, gain: float | Tensor) -> Tensor:
         unread = x_TF.new_empty(())
     if factor_SF.shape[0] < RANK_MAJOR_BELOW and _untiled(x_TF):
         return torch.addmm(unread, factor_SF, x_TF.t(), beta=0.0, alpha=gain).t()
-    if _onednn.takes(x_TF, factor_SF.t()):
-        return _onednn.product(x_TF, factor_SF.t()).mul_(gain)
     return torch.addmm(unread, x_TF, factor_SF.t(), beta=0.0, alpha=gain)
 
 
-def _fastest_sum(
+def multiply(left_TF: Tensor, right_FG: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``left right + bias`` where nobody differentiates it, by the better library."""
+    if _onednn.takes(left_TF, right_FG, bias):
+        return _onednn.product(left_TF, right_FG, bias)
+    return left_TF.mm(right_FG) if bias is None else torch.addmm(bias, left_TF, right_FG)
+
+
+def _best_sum(
     delta: tuple[Tensor, Tensor], base: tuple[Tensor, Tensor] | None, bias: Tensor | None = None
 ) -> Tensor:
-    """Return ``_sum`` where nobody differentiates it, by the faster library."""
-    if base is not None and _onednn.takes(*base):
+    """Return ``_sum`` where nobody differentiates it, by the better library."""
+    if base is not None and _onednn.takes(*base, bias, *delta):
         return _onednn.product(*base, bias).addmm_(*delta)
     return _sum(delta, base, bias)
 
@@ -157,7 +155,7 @@ def forward(arguments: Arguments) -> tuple[Tensor, tuple[Tensor, ...]]:
     a_SD, b_SE = select(arguments)
     dropped_TD = x_TD * _mask(arguments) if arguments.dropout else x_TD
     h_TS = shrink(dropped_TD, a_SD, arguments.kept_gain)
-    return _fastest_sum((h_TS, b_SE), *_base(arguments)), (h_TS,)
+    return _best_sum((h_TS, b_SE), *_base(arguments)), (h_TS,)
 
 
 def backward(
@@ -177,20 +175,20 @@ def backward(
     dx = da = db = None
     if needs_b:
         # hᵀ dy rather than dyᵀ h: several times faster on a CPU, and one rank is one row.
-        db = widen(multiply(h_TS.t(), dy_TE), index, arguments.lora_b)
+        db = widen(torch.mm(h_TS.t(), dy_TE), index, arguments.lora_b)
     if not (needs_x or needs_a):
         return dx, da, db
     dh_TS = shrink(dy_TE, b_SE, arguments.kept_gain)
     mask_TD = _mask(arguments) if arguments.dropout else None
     if needs_a:
-        dropped_TD = x_TD if mask_TD is None else x_TD * mask_TD
-        da = widen(multiply(dh_TS.t(), dropped_TD), index, arguments.lora_a)
+        da = torch.mm(dh_TS.t(), x_TD if mask_TD is None else x_TD * mask_TD)
+        da = widen(da, index, arguments.lora_a)
     if needs_x:
         weight = arguments.weight
         base = None if weight is None else (dy_TE, _cast(weight, x_TD.dtype))
         if mask_TD is None:
-            dx = _fastest_sum((dh_TS, a_SD), base)
-        elif base is not None and _onednn.takes(*base):
+            dx = _best_sum((dh_TS, a_SD), base)
+        elif base is not None and _onednn.takes(*base, dh_TS, a_SD):
             dx = _onednn.product(*base).addcmul_(torch.mm(dh_TS, a_SD), mask_TD)
         else:
             dx = torch.mm(dh_TS, a_SD).mul_(mask_TD)

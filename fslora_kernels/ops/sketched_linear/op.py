@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fslora_kernels import _dispatch
 from fslora_kernels._autograd import first_order, fresh_unrows, rows, unrows, without_values
@@ -87,7 +88,7 @@ PADDED_RANKS = (16, 32, 64, 128)
 MASK_STEPS = 2**16  # values of the random number that decides on one feature
 
 # Best first: "auto" takes the first that does not refuse. Nobody asks for "merged" by its name:
-# "torch" is delta first, always.
+# "torch" never merges.
 BACKENDS = {
     "triton": "fslora_kernels.ops.sketched_linear.backend_triton",
     "merged": "fslora_kernels.ops.sketched_linear.backend_merged",
@@ -115,16 +116,17 @@ def compute(
     if they can be.
     """
     implementation = choose(arguments, requested).implementation
-    again = recipe(x) if recompute else None
+    again = recipe(x) if recompute and arguments.keeps else None
     if (
         again is None
         and implementation == "torch"
         and backend_torch.differentiates_itself(arguments)
     ):
         return unrows(backend_torch.differentiable(arguments), x)
-    if not arguments.keeps:  # autograd's function would take longer than a small layer's products
+    if not arguments.keeps and forward_ad._current_level < 0:
+        # Nothing to differentiate: autograd's function would only take time.
         y_TE, _ = backend(implementation).forward(arguments)
-        return unrows(y_TE, x)
+        return fresh_unrows(y_TE, x)
     y: Tensor = SketchedLinear.apply(  # type: ignore[no-untyped-call]
         x,
         arguments.weight,
