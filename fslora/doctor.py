@@ -63,8 +63,8 @@ def doctor(console: Console) -> None:
     )
     if _onednn.faster():
         console.print(
-            "Large products with base weights in float32, where a batch's tokens are a whole multiple "
-            "of 256: by oneDNN, the faster library on this processor; "
+            "Large products with base weights in float32, where a batch's tokens are a multiple of "
+            "256: by oneDNN, the faster library on this processor; "
             "torch.backends.mkldnn.enabled = False leaves them to torch's usual one."
         )
     if torch.cuda.is_available() and unavailable("triton", "cuda") is None:
