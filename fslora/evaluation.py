@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fslora_kernels
 from fslora.data.tasks import Evaluation, Examples, Task
-from fslora.lowrank import participation_rank, stack
+from fslora.lowrank import participation_rank, total
 from fslora.models import put_state
 from fslora.protocol import ServerState
 from fslora.residual import applied
@@ -63,7 +63,7 @@ def effective_rank(states: Sequence[ServerState]) -> float:
     for state in states:
         for name, pair in state.adapters.items():
             beside = state.base_residual.get(name)
-            found.append(participation_rank(pair if beside is None else stack([pair, beside])))
+            found.append(participation_rank(pair if beside is None else total([pair, beside])))
     return sum(found) / len(found)
 
 

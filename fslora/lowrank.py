@@ -66,6 +66,16 @@ def product(pair: LoRAWeights) -> Tensor:
     return a if _is_identity(b) else b.t() @ a
 
 
+def total(pairs: Sequence[LoRAWeights]) -> LoRAWeights:
+    """Return the sum of the pairs' products as one pair of as few ranks as is cheap.
+
+    Their stack; where that has more ranks than a matrix of its shape can have, the matrix itself,
+    equal up to rounding.
+    """
+    most = min(pairs[0].lora_a.shape[1], pairs[0].lora_b.shape[1])
+    return as_matrix(pairs) if sum(pair.rank for pair in pairs) > most else stack(pairs)
+
+
 def as_matrix(pairs: Sequence[LoRAWeights]) -> LoRAWeights:
     """Return the sum of the pairs' products as one matrix, beside an identity as the other factor.
 
@@ -102,8 +112,8 @@ def participation_rank(pair: LoRAWeights) -> float:
 
     σ² are the eigenvalues of (A Aᵀ)(B Bᵀ) of the stored factors, K x K, so that traces suffice.
     """
-    a, b = (t.double() for t in pair)
-    core = (a @ a.t()) @ (b @ b.t())
+    grams = [t.double() @ t.double().t() for t in pair if not _is_identity(t)]
+    core = reduce(torch.matmul, grams) if grams else torch.eye(pair.rank, dtype=torch.float64)
     fourth = float((core * core.t()).sum())
     return float(core.trace()) ** 2 / fourth if fourth > 0 else 0.0
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fslora.lowrank import as_matrix, product, stack
+from fslora.lowrank import product, total
 from fslora.protocol import POOLED, Adapters, ClientTask, LoRAWeights, ServerState
 
 
@@ -38,10 +38,7 @@ def grown(state: ServerState, tasks: Sequence[ClientTask], addition: Adapters) -
     residual, added = dict(state.base_residual), _added(state)
     everything = dict(added)
     for name, pair in addition.items():
-        both = [residual[name], pair] if name in residual else [pair]
-        most = min(pair.lora_a.shape[1], pair.lora_b.shape[1])
-        whole = sum(one.rank for one in both) > most
-        residual[name] = as_matrix(both) if whole else stack(both)
+        residual[name] = total([residual[name], pair] if name in residual else [pair])
         everything[name] = everything.get(name, 0) + pair.rank
     seen = {task.client_id: {name: added[name] for name in task.residual} for task in tasks}
     if everything:

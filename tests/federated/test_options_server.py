@@ -10,7 +10,7 @@ from fslora import checkpoint
 from fslora.aggregation import stepped
 from fslora.config import SimulateConfig
 from fslora.evaluation import effective_rank
-from fslora.lowrank import participation_rank
+from fslora.lowrank import participation_rank, total
 from fslora.protocol import LoRAWeights, ServerState
 from fslora.simulate import simulate
 
@@ -102,6 +102,9 @@ def test_participation_rank_is_that_of_the_dense_products_singular_values():
     sizes = torch.linalg.svdvals(dense(lora)) ** 2
     wanted = float(sizes.sum() ** 2 / (sizes**2).sum())
     assert participation_rank(lora) == pytest.approx(wanted, rel=1e-12)
+    assert participation_rank(total([lora])) == pytest.approx(wanted, rel=1e-6), "as a matrix"
+    both = LoRAWeights(torch.eye(3), torch.eye(3))
+    assert participation_rank(both) == pytest.approx(3), "an identity, either way round"
     eye = LoRAWeights(torch.eye(4, 9), torch.eye(4, 5) * 3)
     assert participation_rank(eye) == pytest.approx(4)
     assert participation_rank(LoRAWeights(eye.lora_a, eye.lora_b * 0)) == 0
