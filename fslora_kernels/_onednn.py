@@ -20,6 +20,8 @@ LEAST = 1 << 25
 # oneDNN keeps half a MiB for good for every number of tokens that a layer ever sees. With batches
 # of any length that would grow to half a GiB; so MKL computes those that are no whole multiple.
 TOKENS = 256
+# What the operator is given: tensors of torch's own, or nothing.
+OWN = frozenset((Tensor, Parameter, type(None)))
 
 
 def operator() -> Any:  # noqa: ANN401
@@ -55,21 +57,13 @@ def takes(left_TF: Tensor, right_FG: Tensor, *others: Tensor | None) -> bool:
         others: what is added to the product; only its type counts.
     """
     return (
-        left_TF.is_cpu
-        and left_TF.dtype == right_FG.dtype == torch.float32
+        left_TF.dtype == right_FG.dtype == torch.float32
+        and left_TF.is_cpu
         and pays(left_TF.shape[0], left_TF.shape[1], right_FG.shape[1])
-        and all(other is None or type(other) in (Tensor, Parameter) for other in others)
-        and _is_plain(left_TF)
-        and _is_plain(right_FG)
-    )
-
-
-def _is_plain(matrix: Tensor) -> bool:
-    """Whether this is a tensor of torch's own, row-major or column-major."""
-    return (
-        type(matrix) in (Tensor, Parameter)
-        and matrix.layout is torch.strided
-        and (matrix.is_contiguous() or matrix.t().is_contiguous())
+        and OWN.issuperset(map(type, (left_TF, right_FG, *others)))
+        and left_TF.layout is right_FG.layout is torch.strided
+        and (left_TF.is_contiguous() or left_TF.t().is_contiguous())
+        and (right_FG.is_contiguous() or right_FG.t().is_contiguous())
     )
 
 

@@ -116,7 +116,7 @@ class SketchedForward:
             result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return result
         y: Tensor | None = None
-        base = self.base_layer
+        base = self._modules["base_layer"]
         hooked = _has_any_global_hook()  # type: ignore[no-untyped-call]
         if hooked or indirect_reason(base) is not None or _mixed_dtypes(x, base.weight):
             y = base(x)
@@ -193,7 +193,7 @@ def adapters_reason(layer: Any) -> str | None:  # noqa: ANN401
     for name in layer.active_adapters:
         if name in layer.lora_variant:
             return "an active adapter is a LoRA variant"
-        if name in layer.scaling and (kept := _dropout_reason(layer.lora_dropout[name])):
+        if name in layer.scaling and (kept := _dropout_reason(_dropout(layer, name))):
             return f"its dropout {kept}"
         if name in layer.scaling and layer.restrictions.get(name, UNRESTRICTED).leaves is None:
             for factor in (layer.lora_A[name], layer.lora_B[name]):
@@ -202,6 +202,12 @@ def adapters_reason(layer: Any) -> str | None:  # noqa: ANN401
                 if (altered := _altered(factor)) is not None:
                     return f"a factor of the adapter {altered}"
     return None
+
+
+def _dropout(layer: Any, name: str) -> nn.Module:  # noqa: ANN401
+    """Return ``layer.lora_dropout[name]`` in a tenth of its time, twice a call."""
+    module: nn.Module = layer._modules["lora_dropout"]._modules[name]
+    return module
 
 
 def _dropout_reason(dropout: nn.Module) -> str | None:
@@ -239,7 +245,7 @@ def _add_adapter(
         base_bias = base.bias
         if base_bias is not None:
             bias = base_bias if bias is None else base_bias + bias
-    drop = layer.lora_dropout[name]
+    drop = _dropout(layer, name)
     dropout = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
     delta = unchecked(
         x,

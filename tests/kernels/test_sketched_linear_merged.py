@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from fslora_kernels import sketched_linear
+from fslora_kernels import _dispatch, sketched_linear
 from fslora_kernels.flops import count_flops
 from fslora_kernels.ops.sketched_linear import backend_merged, backend_torch, cost, op
 from fslora_kernels.ops.sketched_linear.cases import Case
@@ -41,7 +41,14 @@ class TestMerged(SketchedLinearContract):
         for case in able:
             own = inputs(case, torch.float32)
             call = call_of(**{name: own[name] for name in ("x", "weight", "lora_a", "index")})
-            assert op.choose(call, None).implementation == "merged", case.name
+            assert chosen(call, None).implementation == "merged", case.name
+
+
+def chosen(call, requested):
+    choice = op.choose(call, requested)
+    named = _dispatch.first(op.BACKENDS, call, "cpu", requested)
+    assert named == choice.implementation, "what a call takes is what is explained"
+    return choice
 
 
 def call_of(**changes):
@@ -62,10 +69,10 @@ def call_of(**changes):
 
 
 def test_it_is_chosen_where_tokens_are_many_and_never_against_a_request():
-    assert op.choose(call_of(), None).implementation == "merged"
-    assert op.choose(call_of(), "torch").implementation == "torch"
+    assert chosen(call_of(), None).implementation == "merged"
+    assert chosen(call_of(), "torch").implementation == "torch"
     with pytest.raises(ValueError, match="unknown implementation 'merged'"):
-        op.choose(call_of(), "merged")
+        chosen(call_of(), "merged")
 
 
 @pytest.mark.parametrize(
@@ -79,19 +86,19 @@ def test_it_is_chosen_where_tokens_are_many_and_never_against_a_request():
     ids=["step", "step without dx", "evaluation", "evaluation of a leaf"],
 )
 def test_it_is_chosen_where_it_leaves_out_twice_what_it_adds(keeps, needs_dx, tokens):
-    chosen = [
-        op.choose(call_of(x=torch.ones(t, IN, requires_grad=needs_dx), keeps=keeps), None)
+    choices = [
+        chosen(call_of(x=torch.ones(t, IN, requires_grad=needs_dx), keeps=keeps), None)
         for t in (math.ceil(tokens), math.ceil(tokens) - 1)
     ]
-    assert [choice.implementation for choice in chosen] == ["merged", "torch"]
+    assert [choice.implementation for choice in choices] == ["merged", "torch"]
 
 
 def test_a_small_layer_is_merged_in_evaluations_only(monkeypatch):
     monkeypatch.setattr(backend_torch, "SMALL_LAYER", IN * OUT)
-    choice = op.choose(call_of(), None)
+    choice = chosen(call_of(), None)
     assert choice.implementation == "torch"
     assert "so small a layer" in choice.reason
-    assert op.choose(call_of(keeps=False), None).implementation == "merged"
+    assert chosen(call_of(keeps=False), None).implementation == "merged"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +115,7 @@ def test_a_small_layer_is_merged_in_evaluations_only(monkeypatch):
     ids=["few tokens", "delta alone", "dropout", "bfloat16", "another dtype", "sparse", "wide"],
 )
 def test_what_cannot_be_merged_is_delta_first_and_says_why(changes, why):
-    choice = op.choose(call_of(**changes), None)
+    choice = chosen(call_of(**changes), None)
     assert choice.implementation == "torch"
     assert "not merged: " in choice.reason
     assert why in choice.reason

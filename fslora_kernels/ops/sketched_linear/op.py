@@ -115,7 +115,7 @@ def compute(
     The arguments' x are the rows of x. With ``recompute`` they are made again in the backward pass,
     if they can be.
     """
-    implementation = choose(arguments, requested).implementation
+    implementation = _dispatch.first(BACKENDS, arguments, arguments.x.device.type, requested)
     again = recipe(x) if recompute and arguments.keeps else None
     if (
         again is None
@@ -127,7 +127,7 @@ def compute(
         # Nothing to differentiate: autograd's function would only take time.
         y_TE, _ = backend(implementation).forward(arguments)
         return fresh_unrows(y_TE, x)
-    y: Tensor = SketchedLinear.apply(  # type: ignore[no-untyped-call]
+    y: Tensor = SketchedLinear.record(
         x,
         arguments.weight,
         arguments.lora_a,
@@ -156,6 +156,15 @@ class SketchedLinear(torch.autograd.Function):
     Autograd is given x with all its dimensions: views of its own before and after this would cost
     a small layer a tenth of its time.
     """
+
+    @classmethod
+    def record(cls, *arguments: object) -> Tensor:
+        """Return ``apply(*arguments)``, where none of torch.func's transforms is active.
+
+        Torch's own checks for them cost a layer of few operations a twentieth of its time.
+        """
+        y: Tensor = super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+        return y
 
     @staticmethod
     def forward(  # noqa: D102
