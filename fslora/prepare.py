@@ -143,6 +143,11 @@ def prepare(config: SimulateConfig) -> Run:
         evaluation_rows=evaluation_rows,
         label_column=config.label_column,
     )
+    if POOLED in data.names:
+        raise ValueError(
+            f"a client of {config.data} is called {POOLED!r}, which is kept for the one that has "
+            "everybody's data: write the name in another way"
+        )
     draw_attackers(config.threat, data.names, config.seed)  # a share that is nobody is refused
     if config.validation:
         key = fold_in(config.seed, "validation")

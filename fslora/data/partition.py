@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from heapq import heapify, heapreplace
 from typing import NamedTuple
 
 import numpy as np
@@ -110,9 +111,13 @@ def _dirichlet(
             part.extend(piece.tolist())
     # A skewed draw leaves clients empty, and drawing again hardly helps at small alpha: each
     # empty client takes one row from the client that has most (the first of them).
+    fullest = [(-len(part), client) for client, part in enumerate(parts)]
+    heapify(fullest)
     for part in parts:
         if not part:
-            part.append(max(parts, key=len).pop())
+            size, client = fullest[0]
+            part.append(parts[client].pop())
+            heapreplace(fullest, (size + 1, client))
     return [np.array(part, dtype=np.int64) for part in parts]
 
 

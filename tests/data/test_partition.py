@@ -72,6 +72,25 @@ def test_alpha_is_the_skew():
     assert purities[0] > 0.8 > purities[1] > 0.45 > 0.3 > purities[2]
 
 
+@given(labels=LABELS, alpha=ALPHAS, key=KEYS)
+def test_an_empty_client_takes_a_row_from_the_first_of_the_largest(labels, alpha, key):
+    """As written down: the largest of all is looked for again for every empty client."""
+    rng, clients = np.random.default_rng(key), len(labels)
+    label_of = np.asarray(labels, dtype=object)
+    wanted = [[] for _ in range(clients)]
+    for label in np.unique(label_of):
+        rows = rng.permutation(np.flatnonzero(label_of == label))
+        shares = rng.dirichlet(np.full(clients, float(alpha)))
+        cuts = np.rint(np.cumsum(shares)[:-1] * len(rows)).astype(np.int64)
+        for own, piece in zip(wanted, np.split(rows, cuts), strict=True):
+            own.extend(piece.tolist())
+    for own in wanted:
+        if not own:
+            own.append(max(wanted, key=len).pop())
+    parts = partition(f"dirichlet:{alpha}", clients, count=clients, labels=labels, key=key)
+    assert [part.indices.tolist() for part in parts] == [sorted(own) for own in wanted]
+
+
 def test_names_sort_as_they_are_numbered():
     names = [part.name for part in partition("iid", 11, count=11, key=0)]
     assert names[:2] == ["client-00", "client-01"]

@@ -39,6 +39,15 @@ def test_what_a_run_cannot_have_is_refused_before_the_model_is_loaded(settings, 
         prepare(SimulateConfig(**settings, strategy="flora", server_lr=2))
 
 
+def test_a_client_of_the_name_of_all_clients_is_refused(settings, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    names = [POOLED, "somebody"]
+    rows.write_text("".join(json.dumps({"author": n, "text": "abc" * 9}) + "\n" for n in names * 9))
+    config = SimulateConfig(**{**settings, "data": str(rows), "clients": 2, "per_round": 2})
+    with pytest.raises(ValueError, match="is called 'all clients', which is kept for"):
+        prepare(config)
+
+
 @pytest.mark.parametrize("joined", ["centralised", "validation"])
 def test_a_decoder_classifies_a_text_alike_alone_and_among_all_clients(
     settings, tiny_llama, tmp_path, joined
