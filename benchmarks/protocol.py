@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             spent_s = _cpu_s() - start_s
             count = collect(folder, store, shared_data())
             console.print(f"{slug}: {count} finished runs are kept in {store}")
-            if count > before:
+            if count > before and not chosen.collect:
                 spent = {"setting": slug, "runs": count - before, "cpu_seconds": round(spent_s, 1)}
                 provenance = {"commit": git_commit(), "processor": device_name("cpu")}
                 append_record(store.parent / SPENT, spent | provenance)

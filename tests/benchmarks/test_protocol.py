@@ -252,6 +252,8 @@ def test_the_page_has_every_setting_that_is_kept_whatever_was_asked_for(tmp_path
         assert "Not finished" not in text
         assert not list((tmp_path / "two/a").rglob("state.safetensors")), "nothing is trained again"
         page.unlink()
+        (tmp_path / "benchmarks/results/toy/a.jsonl").unlink()
+        assert titles("one", "--only", "a", "--collect") == (both, text), "kept again, not run"
         assert titles("three", "--collect") == (both, text)
         spent = (tmp_path / "benchmarks/results/toy/spent.jsonl").read_text().splitlines()
         noted = [json.loads(line) for line in spent]
