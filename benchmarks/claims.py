@@ -43,8 +43,9 @@ def claims_table(data: Record) -> Table:
     ours = [label for label in read if label.split(":")[0] == "fslora"]
     rivals = [label for label in read if label.split(":")[0] in RIVALS]
     guess = guessed_accuracy(data)
+    lost = {e["label"]: [r["seed"] for r in e["runs"] if r["failed"]] for e in data["strategies"]}
     rows = [
-        [rival, mode, *_row(data["figure"], read[mode], read[rival], guess)]
+        [rival, mode, *_row(data["figure"], read[mode], read[rival], lost[mode], guess)]
         for rival in rivals
         for mode in ours
     ]
@@ -75,6 +76,7 @@ def _row(
     figure: str,
     ours: Mapping[int, Sequence[Record]],
     theirs: Mapping[int, Sequence[Record]],
+    failed: Sequence[int],
     guess: float,
 ) -> list[str]:
     """Reached, saved, faster, verdict."""
@@ -86,8 +88,9 @@ def _row(
     ]
     guessing = sum(target.value <= guess for target in targets.values())
     reached = [pair for pair in costs if pair[0]["round"] is not None]
-    row = [f"{len(reached)} of {len(seeds)}"]
-    if not seeds or len(reached) < len(seeds):
+    asked = len(seeds) + len([seed for seed in failed if seed in theirs])  # a failed run did not
+    row = [f"{len(reached)} of {asked}"]
+    if not seeds or len(reached) < asked:
         return [*row, ABSENT, ABSENT, "no: not reached"]
     found = {
         "bytes": ratio(*_columns(costs, lambda cost: cost["bytes_up"] + cost["bytes_down"])),

@@ -141,10 +141,9 @@ def read_protocol(path: Path, out: Path, jobs: int) -> dict[str, Setting]:
 
 
 def sum_up(setting: Setting, console: Console) -> None:
-    """Compare a setting whose runs have all finished, unless that is done: nothing is trained."""
+    """Compare a setting whose runs have all finished: nothing is trained. Else it has no table."""
     config = setting.config
-    if (Path(config.run.out) / COMPARE_FILE).is_file():
-        return
+    (Path(config.run.out) / COMPARE_FILE).unlink(missing_ok=True)  # it may be of fewer runs
     runs = [run for *_, run in trials_of(config)]
     runs += [
         config.of_run(entry, seed, {}) for entry in config.entries for seed in config.seed_values

@@ -19,6 +19,8 @@ from fslora.errors import StoppedRunError, is_for_the_user
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fslora.config import SimulateConfig
+
 Config = TypeVar("Config")
 
 _USAGE = """usage: fslora COMMAND [flags]
@@ -141,6 +143,8 @@ def _compare(arguments: Sequence[str]) -> None:
     )
     from fslora.compare.command import compare
 
+    for entry in config.entries:
+        _warn(config.of_run(entry, config.seed_values[0], {}), f"{entry.label}: ")
     (found,) = compare(config, _console())["datasets"]
     _report_comparison(Path(config.run.out))
     if all(run["failed"] for strategy in found["strategies"] for run in strategy["runs"]):
@@ -245,14 +249,11 @@ def _run(config: object) -> None:
     from fslora.console import closing_lines, closing_table, progress
     from fslora.report import write_report
     from fslora.simulate import simulate
-    from fslora.trust import idle_attack, thin_coverage
 
     if not isinstance(config, SimulateConfig):
         raise TypeError(f"not a config: {config}")
     console, folder = _console(), Path(config.out)
-    thin = thin_coverage(config.strategy, config.rule, config.per_round, config.mean_coverage)
-    for warning in filter(None, (thin, idle_attack(config.strategy, config.attack))):
-        sys.stderr.write(f"fslora: {warning}\n")
+    _warn(config)
     try:
         with progress(config, console) as watcher:
             summary = simulate(config, watcher)
@@ -270,6 +271,15 @@ def _run(config: object) -> None:
         console.print(f"no report: {error}", markup=False)
         report = None
     closing_lines(folder, report, console, config.layers)
+
+
+def _warn(config: SimulateConfig, whose: str = "") -> None:
+    """Say which of a run's settings will do nothing, or hardly anything."""
+    from fslora.trust import idle_attack, thin_coverage
+
+    thin = thin_coverage(config.strategy, config.rule, config.per_round, config.mean_coverage)
+    for warning in filter(None, (thin, idle_attack(config.strategy, config.attack))):
+        sys.stderr.write(f"fslora: {whose}{warning}\n")
 
 
 def _console() -> Console:

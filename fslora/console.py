@@ -160,7 +160,9 @@ def print_table(found: comparison_tables.Table, console: Console) -> None:
     """Print a table of a comparison, and the sentence on how to read it."""
     table = Table(title=found.title, title_justify="left")
     for head in found.heads:
-        table.add_column(head, justify="left" if head == "method" else "right", overflow="fold")
+        table.add_column(
+            escape(head), justify="left" if head == "method" else "right", overflow="fold"
+        )
     for row in found.rows:
         table.add_row(*map(escape, row))
     console.print(table)

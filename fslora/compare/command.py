@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from fslora import checkpoint, disk
 from fslora.compare.runs import run_all
 from fslora.compare.search import found_for, search, trials_of
-from fslora.compare.settings import CompareConfig
+from fslora.compare.settings import CompareConfig, Setting
 from fslora.compare.table import tabulate
 from fslora.compare.tensorboard import summary_writer, write_curves
 from fslora.config import SimulateConfig
 from fslora.prepare import check_strategy
 from fslora.report.records import read_object
+from fslora.settings import read_settings
 
 COMPARE_FILE = "compare.json"
 
@@ -55,6 +56,8 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         for entry in config.entries
         for seed in config.seed_values
     }
+    for (label, seed), run in runs.items():
+        _check_winner(label, found_for(tried, label, config.search_seed(seed)), run)
     with _bar(console, "comparing", planned) as on_round:
         failures = run_all(list(runs.values()), config.jobs, on_round)
     for folder, reason in failures.items():
@@ -65,16 +68,32 @@ def compare(config: CompareConfig, console: Console) -> dict[str, Any]:
         disk.write_json(out / COMPARE_FILE, comparison)
     if config.tensorboard:
         folders = [Path(run.out) for run in runs.values()]
-        write_curves(Path(config.tensorboard), folders)
+        write_curves(Path(config.tensorboard).expanduser(), folders)
     return comparison
+
+
+def _check_winner(label: str, found: Mapping[str, Setting], run: SimulateConfig) -> None:
+    """Refuse to go on with a run whose settings an extended search no longer chooses."""
+    if not run.resume:
+        return
+    before = read_settings(Path(run.out) / "config.json")
+    for name, value in found.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"the search now chooses {name} = {value} for {label}, and {run.out} was begun "
+                f"with {before.get(name)}: remove that folder to have it run again, or choose "
+                "another --out"
+            )
 
 
 def join(folders: Sequence[Path], out: Path) -> None:
     """Put finished comparisons, one of each data set, into one `compare.json`.
 
     Raises:
-        ValueError: one is not finished, or two have the same data set.
+        ValueError: one is not finished, two have the same data set, or one would be written over.
     """
+    if out.resolve() in (folder.resolve() for folder in folders):
+        raise ValueError(f"--out {out} is one of those that are joined; choose another --out")
     datasets = []
     for folder in folders:
         path = folder / COMPARE_FILE

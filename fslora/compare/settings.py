@@ -111,6 +111,8 @@ class CompareConfig:
         for part in (text for text in self.search.split(";") if text.strip()):
             name, _, values = part.strip().partition("=")
             name = name.replace("-", "_")
+            if name in found:
+                raise ValueError(f"--search names {name} twice: put its values into one list")
             found[name] = [option(name, value, "--search") for value in values.split(",")]
             if len(set(found[name])) < len(found[name]):
                 raise ValueError(f"--search tries a value of {name} twice: {values}")
@@ -245,6 +247,8 @@ def read_entry(text: str) -> Entry:
     for part in re.split(r",(?=[^,=]*=)", rest) if rest else ():
         key, _, value = part.partition("=")
         key = key.strip().replace("-", "_")
+        if key in options:
+            raise ValueError(f"{text}: {key} is there twice")
         options[key] = option(key, value, text)
     return Entry(text, _value("strategy", name, "--strategies"), options)
 

@@ -67,11 +67,21 @@ def check_splits(runs: Mapping[tuple[str, int], SimulateConfig]) -> Record:
     """Return each seed's split.
 
     Raises:
-        ValueError: two runs of one seed had different clients or another evaluation.
+        ValueError: two runs of one seed had different clients or another evaluation, or any two
+            another model.
     """
     splits: Record = {}
     owners: dict[str, str] = {}
+    models: dict[str, str] = {}
     for (_, seed), run in runs.items():
+        # Runs from before it was recorded go unchecked.
+        source = checkpoint.read_records(Path(run.out))[0].get("source") or {}
+        models |= {source["model"]: run.out} if source.get("model") else {}
+        if len(models) > 1:
+            raise ValueError(
+                f"the runs {' and '.join(models.values())} were not made of the same --model: did "
+                "its files change between them? Remove the folders of one and run them again"
+            )
         split = read_object(Path(run.out) / "summary.json")["split"]
         if splits.setdefault(str(seed), split) != split:
             raise ValueError(

@@ -12,7 +12,6 @@ from fslora import checkpoint
 _TAGS = {
     "eval_metric": "evaluation/metric",
     "eval_loss": "evaluation/loss",
-    "eval_loss_sketched": "evaluation/loss_sketched",
     "train_loss": "training/loss",
     "bytes_up": "round/bytes_up",
     "bytes_down": "round/bytes_down",

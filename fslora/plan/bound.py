@@ -154,8 +154,9 @@ def fit(curves: Sequence[Curve], target: float, rank: int, seed: int) -> Fit:
     known = np.isfinite(logs)
     if not known[:, -1].any():
         reached = [curve.values.min() if target < start else curve.values.max() for curve in curves]
+        best = min(reached) if target < start else max(reached)
         raise ValueError(
-            f"no pilot reaches {target:g}, the best comes to {min(reached):.3f}: raise "
+            f"no pilot reaches {target:g}, the best comes to {best:.3f}: raise "
             "--pilot-rounds, or take an easier --targets or another --lr"
         )
     used = [curve for curve, own in zip(curves, known.any(axis=1), strict=True) if own]

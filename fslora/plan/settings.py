@@ -154,6 +154,8 @@ class ProbeConfig:
         for name in ("rtt_ms", "watts"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and finite")
+        if self.run.strategy in ("zero-shot", "centralised"):
+            raise ValueError(f"--strategy {self.run.strategy}: no client trains, so none is timed")
         if not self.name:
             raise ValueError("--name is empty; name the class of devices")
         if self.share > 1:

@@ -200,7 +200,8 @@ def notes(data: Record) -> list[str]:
         ]
     if data["search"]:
         for key, values in data["search"]["grid"].items():
-            ends = {min(values), max(values)} if len(values) > 1 else set()
+            ordered = not any(isinstance(value, str | bool) for value in values)
+            ends = {min(values), max(values)} if ordered and len(values) > 1 else set()
             trials = data["search"]["trials"]
             edge = dict.fromkeys(
                 trial["label"]

@@ -165,6 +165,10 @@ def test_a_claim_over_seeds_has_intervals_and_leaves_failed_runs_out(tmp_path):
     some, none = claims_table(data).rows
     assert some[2:] == ["2 of 2", "82% [-1345%, 100%]", "5.66 [0.07, 462.43]", "more than it"]
     assert none[2:] == ["0 of 0", "–", "–", "no: not reached"]
+    third = history(tmp_path / "c2", [0.5, 0.6, 0.7], 20, 4)
+    strategies[-1]["runs"][2] |= {"folder": third, "failed": None}
+    lost = claims_table(data).rows[0]  # where we failed and the rival did not, we did not reach it
+    assert lost[2:] == ["2 of 3", "–", "–", "no: not reached"]
 
 
 def test_a_claim_against_a_rival_that_guesses_in_some_seeds_says_so():
@@ -259,5 +263,8 @@ def test_the_page_has_every_setting_that_is_kept_whatever_was_asked_for(tmp_path
         noted = [json.loads(line) for line in spent]
         assert [(line["setting"], line["runs"]) for line in noted] == [("a", 1), ("b", 1)]
         assert all(0 < line["cpu_seconds"] < 600 for line in noted)
+        settings[1]["compare"]["seeds"] = [0, 1]
+        (tmp_path / "toy.toml").write_text(tomli_w.dumps(toml))
+        assert titles("one", "--collect")[0] == ["toy a"], "b's table was of fewer seeds"
     finally:
         torch.set_num_threads(threads)

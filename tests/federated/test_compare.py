@@ -155,14 +155,28 @@ def one_worker(_, **options):
     return ProcessPoolExecutor(1, **options)
 
 
-def test_different_data_under_one_seed_is_refused(track):
+@pytest.mark.parametrize(
+    ("clients", "model", "message"),
+    [
+        ("b", "m", "same seed but not the same data"),
+        ("a", "n", "not made of the same --model"),
+        ("a", "m", ""),
+        ("a", None, ""),  # of before it was recorded
+    ],
+)
+def test_different_data_under_one_seed_or_another_model_is_refused(track, clients, model, message):
     paths = {}
-    for name, clients in (("one", "a"), ("two", "b")):
+    for name, own, source in (("one", "a", {"model": "m"}), ("two", clients, {"model": model})):
         folder = Path(track.run.out) / name
-        disk.write_json(folder / "summary.json", {"split": {"clients": clients, "evaluation": "c"}})
+        disk.write_json(folder / "summary.json", {"split": {"clients": own, "evaluation": "c"}})
+        first = {"round": 0, "source": source if model else None}
+        (folder / "rounds.jsonl").write_text(json.dumps(first) + "\n")
         paths[name, 0] = replace(track.run, out=str(folder))
-    with pytest.raises(ValueError, match="same seed but not the same data"):
-        check_splits(paths)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            check_splits(paths)
+    else:
+        assert check_splits(paths) == {"0": {"clients": "a", "evaluation": "c"}}
 
 
 def test_a_hopeless_run_is_reported_and_the_others_are_compared(track, monkeypatch):
@@ -195,6 +209,8 @@ def test_bad_settings_are_one_clear_message(track, tmp_path):
         ({"seeds": "one"}, "not a list"),
         ({"jobs": 0}, "--jobs"),
         ({"search": "lr=1e-3,0.001"}, "a value of lr twice"),
+        ({"search": "lr=1e-3;lr=1e-2"}, "--search names lr twice"),
+        ({"strategies": "fslora:lr=1e-3,lr=1e-2"}, "lr is there twice"),
         ({"run": replace(track.run, seed=7)}, "name --strategies and --seeds"),
         ({"run": replace(track.run, strategy="hetlora")}, "name --strategies and --seeds"),
     ):
@@ -205,6 +221,8 @@ def test_bad_settings_are_one_clear_message(track, tmp_path):
     assert not (Path(track.run.out) / "runs").exists(), "refused before the first run"
     with pytest.raises(ValueError, match="no finished comparison"):
         join([tmp_path], tmp_path / "joined")
+    with pytest.raises(ValueError, match="one of those that are joined"):
+        join([tmp_path], tmp_path / "." / "x" / "..")
 
 
 def test_tensorboard_is_missed_before_the_first_run(track, monkeypatch):
@@ -281,11 +299,13 @@ def test_the_command_line_leaves_tables_and_a_page_and_joins_data_sets(track, ca
     }
     data = json.loads((folder / "compare.json").read_text())["datasets"][0]
     other = folder.with_name("other")
-    disk.write_json(other / "compare.json", {"datasets": [{**data, "name": "second"}]})
+    disk.write_json(other / "compare.json", {"datasets": [{**data, "name": "2 [/b]"}]})
     joined = folder.with_name("joined")
     assert "After the last round" in capsys.readouterr().out
     assert main(["compare", "--join", f"{folder},{other}", "--out", str(joined)]) == 0
-    assert "All methods" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "All methods" in printed
+    assert "2 [/b]" in printed
     text = (joined / "compare.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("|fedit|"))
     mean = data["strategies"][1]["final"]["loss"]["mean"]

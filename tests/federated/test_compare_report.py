@@ -222,6 +222,11 @@ def test_notes_say_what_failed_and_where_the_grid_ended(data):
     assert edge.startswith("The best lr of fedit is at an end"), "not of one that does not train"
     data["search"]["grid"] = {"lr": [0.1, 0.2]}
     assert notes(data)[-1].startswith("The best lr of each method is at an end")
+    data["search"] = {
+        "grid": {"rslora": [False, True]},
+        "trials": [{**trials[1], "values": {"rslora": True}}],
+    }
+    assert notes(data) == [failed], "names and choices have no ends"
 
 
 @pytest.mark.parametrize(

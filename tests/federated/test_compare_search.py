@@ -64,6 +64,9 @@ def test_a_search_can_be_extended_with_the_comparison(track):
     again = tree(track.run.out)
     compare(replace(first, search_rounds=3), QUIET)
     assert tree(track.run.out) == again
+    worse = replace(first, search="lr=1e-6", search_rounds=1)
+    with pytest.raises(ValueError, match=r"now chooses lr = 1e-06 for fslora.*begun with 0.03"):
+        compare(worse, QUIET)
 
 
 def test_with_eval_data_one_search_serves_all_seeds(track, texts):

@@ -1,5 +1,7 @@
 """The fitted effort: constants that are put in come out, and a dependence that is none is none."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -75,8 +77,12 @@ def test_rounds_to_a_level_by_hand():
 
 def test_pilots_that_say_too_little_are_refused():
     learnt = curves(Effort(0.8, -1.0))
-    with pytest.raises(ValueError, match="no pilot reaches 2, the best"):
+    best = min(curve.values.min() for curve in learnt)
+    with pytest.raises(ValueError, match=f"no pilot reaches 2, the best comes to {best:.3f}"):
         fit(learnt, 2.0, RANK, 0)
+    scores = [replace(curve, values=1 - curve.values) for curve in learnt]
+    with pytest.raises(ValueError, match=f"reaches 0.9, the best comes to {1 - best:.3f}"):
+        fit(scores, 0.9, RANK, 0)
     with pytest.raises(ValueError, match="fewer than two pilots of uniform ratios"):
         fit(learnt[2:], TARGET, RANK, 0)
 

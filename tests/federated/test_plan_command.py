@@ -261,6 +261,12 @@ def test_a_probe_checks_its_figures_before_it_measures(settings, bad):
         ProbeConfig(run=SimulateConfig(**settings), **bad)
 
 
+@pytest.mark.parametrize("strategy", ["zero-shot", "centralised"])
+def test_a_probe_needs_a_client_that_trains(settings, strategy):
+    with pytest.raises(ValueError, match=f"--strategy {strategy}: no client trains"):
+        ProbeConfig(run=SimulateConfig(**settings, strategy=strategy), name="laptop", share=0.5)
+
+
 def test_a_probe_writes_a_device_that_a_fleet_takes(settings, tmp_path, capsys):
     table = tmp_path / "devices.toml"
     table.write_text("# by hand, without an end of line")

@@ -122,6 +122,12 @@ def test_an_idle_attack_is_a_warning(settings, capsys):
     given = as_flags(settings, strategy="zero-shot", rounds=1)
     assert main(["simulate", *given, "--attack=scale"]) == 0
     assert "--attack scale does nothing with --strategy zero-shot" in capsys.readouterr().err
+    given = [flag for flag in given if not flag.startswith(("--strategy", "--out"))]
+    named = [f"--out={settings['out']}-compared", "--strategies=zero-shot,fedit", "--seeds=0"]
+    assert main(["compare", *given, *named, "--attack=scale"]) == 0
+    said = capsys.readouterr().err
+    assert "fslora: zero-shot: --attack scale does nothing" in said
+    assert "fslora: fedit" not in said
     assert not any(idle_attack(name, "none") for name in STRATEGIES)
 
 
