@@ -29,12 +29,18 @@ def evenly(examples: Examples, groups: Sequence[int], limit: int) -> tuple[Examp
 
 
 def evaluate(
-    model: PeftModel, state: ServerState, task: Task, examples: Examples, batch_size: int
+    model: PeftModel,
+    state: ServerState,
+    task: Task,
+    examples: Examples,
+    batch_size: int,
+    *,
+    scored: bool = True,
 ) -> Evaluation:
     """Evaluate the whole adapter (Ω = I), on the base weights as the strategy changed them."""
     put_state(model, state.adapters, state.extras)
     with applied(model, state.base_residual):
-        return task.evaluate(model, examples, batch_size)
+        return task.evaluate(model, examples, batch_size, scored=scored)
 
 
 def evaluate_mean(
@@ -43,9 +49,11 @@ def evaluate_mean(
     task: Task,
     examples: Examples,
     batch_size: int,
+    *,
+    scored: bool = True,
 ) -> Evaluation:
     """Evaluate several models and return their mean loss and metric."""
-    found = [evaluate(model, state, task, examples, batch_size) for state in states]
+    found = [evaluate(model, state, task, examples, batch_size, scored=scored) for state in states]
     metrics = [each.metric for each in found if each.metric is not None]
     return Evaluation(
         loss=sum(each.loss for each in found) / len(found),
@@ -104,7 +112,7 @@ def evaluate_sketched(
                 drawn = draw_sketches(fold_in(key, f"{ratio:g}", number), modules, rank, size)
                 fslora_kernels.sketch(model, {name: s.index for name, s in drawn.items()})
                 batch = Examples({name: tensor[own] for name, tensor in examples.tensors.items()})
-                result = task.evaluate(model, batch, batch_size)
+                result = task.evaluate(model, batch, batch_size, scored=False)
                 total += result.loss * result.count
                 count += result.count
             weight = clients.count(ratio)
@@ -170,5 +178,6 @@ def evaluate_by_ratio(
         rows = (owners == ratio).nonzero().flatten()
         if len(rows):
             own = Examples({name: tensor[rows] for name, tensor in examples.tensors.items()})
-            losses[f"{ratio:g}"] = evaluate_mean(model, states, task, own, batch_size).loss
+            found = evaluate_mean(model, states, task, own, batch_size, scored=False)
+            losses[f"{ratio:g}"] = found.loss
     return losses

@@ -97,7 +97,14 @@ class CausalLM:
         """The mean loss of a next token, in nats."""
         return tasks.mean_token_loss(model, batch)
 
-    def evaluate(self, model: nn.Module, examples: Examples, batch_size: int) -> Evaluation:
+    def evaluate(
+        self,
+        model: nn.Module,
+        examples: Examples,
+        batch_size: int,
+        *,
+        scored: bool = True,  # noqa: ARG002 - the score costs no pass of its own
+    ) -> Evaluation:
         """The loss, and as the metric the accuracy, of every next token."""
         loss = correct = 0.0
         count = 0

@@ -101,7 +101,14 @@ class Classification:
         logits = tasks.logits_of(model, batch)
         return functional.cross_entropy(logits, batch["labels"].to(logits.device))
 
-    def evaluate(self, model: nn.Module, examples: Examples, batch_size: int) -> Evaluation:
+    def evaluate(
+        self,
+        model: nn.Module,
+        examples: Examples,
+        batch_size: int,
+        *,
+        scored: bool = True,  # noqa: ARG002 - the score costs no pass of its own
+    ) -> Evaluation:
         """The loss, and the metric of the likeliest class."""
         logits, truth = [], []
         with tasks.evaluating(model):

@@ -37,7 +37,7 @@ def read_file(path: Path, *, header: bool = True, play: bool = False) -> Rows:
         raise ValueError(f"{path}: the play reader reads .txt files; drop --reader play")
     try:
         content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        content = gzip.decompress(content) if path.suffix.lower() == ".gz" else content
         if suffix in _TABLES:
             rows = _rows_of_table(_TABLES[suffix](content), header=header)
         else:
@@ -47,7 +47,7 @@ def read_file(path: Path, *, header: bool = True, play: bool = False) -> Rows:
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply; give each row as one flat object") from None
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     if not rows:
         raise ValueError(f"{path}: no rows; name a file that has some")
     return rows
@@ -55,7 +55,7 @@ def read_file(path: Path, *, header: bool = True, play: bool = False) -> Rows:
 
 def file_type(path: Path) -> str | None:
     """The suffix that says how to read a file, without .gz; None where there is no reader."""
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     return suffix if suffix in TYPES else None
 
 
@@ -87,8 +87,8 @@ def _read_play(content: bytes) -> Rows:
     turns: list[tuple[str, str]] = []
     for paragraph in re.split(r"\n\s*\n", _decode(content).replace("\r\n", "\n").strip()):
         first, _, words = paragraph.partition("\n")
-        if first.endswith(":"):
-            turns.append((first[:-1], words))
+        if (name := first.rstrip()).endswith(":"):
+            turns.append((name[:-1], words))
         elif turns:  # a turn of several paragraphs
             turns[-1] = (turns[-1][0], f"{turns[-1][1]}\n\n{paragraph}")
         elif paragraph:

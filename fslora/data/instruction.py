@@ -103,7 +103,9 @@ class Instruction:
         """The mean loss of a response token, in nats."""
         return tasks.mean_token_loss(model, batch)
 
-    def evaluate(self, model: nn.Module, examples: Examples, batch_size: int) -> Evaluation:
+    def evaluate(
+        self, model: nn.Module, examples: Examples, batch_size: int, *, scored: bool = True
+    ) -> Evaluation:
         """The loss of the response tokens, and how often the right response is the likeliest.
 
         The candidates are the different responses among `examples`. The likeliest has the highest
@@ -112,7 +114,7 @@ class Instruction:
         """
         with tasks.evaluating(model):
             losses, counts = _losses(model, examples, batch_size)
-            metric = self._accuracy(model, examples, batch_size)
+            metric = self._accuracy(model, examples, batch_size) if scored else None
         return Evaluation(float(losses.sum() / counts.sum()), metric, int(counts.sum()))
 
     def _accuracy(self, model: nn.Module, examples: Examples, batch_size: int) -> float | None:

@@ -113,7 +113,8 @@ def _files_in(path: Path) -> list[Path]:
 
 def _names_of(files: Sequence[Path]) -> list[str]:
     """The files' names without their type; with it where another has the same name."""
-    bare = [file.name.removesuffix(".gz").removesuffix(str(file_type(file))) for file in files]
+    types = f"({'|'.join(map(re.escape, TYPES))})(\\.gz)?$"
+    bare = [re.sub(types, "", file.name, flags=re.IGNORECASE) for file in files]
     return [
         name if bare.count(name) == 1 else file.name for name, file in zip(bare, files, strict=True)
     ]

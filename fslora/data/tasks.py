@@ -127,8 +127,13 @@ class Task(Objective, Protocol):
         """Tokenise rows; `classes` says which class has which id."""
         ...
 
-    def evaluate(self, model: nn.Module, examples: Examples, batch_size: int) -> Evaluation:
-        """Score a model without gradients and in eval mode, restoring the mode it was in."""
+    def evaluate(
+        self, model: nn.Module, examples: Examples, batch_size: int, *, scored: bool = True
+    ) -> Evaluation:
+        """Score a model without gradients and in eval mode, restoring the mode it was in.
+
+        Not ``scored``, a metric that costs passes of its own is left out.
+        """
         ...
 
 

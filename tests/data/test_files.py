@@ -142,6 +142,11 @@ def test_a_damaged_parquet_file_is_refused(tmp_path):
         read_file(written(tmp_path, "t.parquet", "PAR1 no more"))
 
 
+def test_a_speaker_may_have_blanks_behind_the_colon(tmp_path):
+    path = written(tmp_path, "t.txt", "ROMEO:\nI speak.\n\nJULIET: \nI answer.\n")
+    assert [row["speaker"] for row in read_file(path, play=True)] == ["ROMEO", "JULIET"]
+
+
 def test_the_play_reader_refuses_what_is_no_play(tmp_path):
     with pytest.raises(ValueError, match="drop --reader play"):
         read_file(written(tmp_path, "t.tsv", "a\tb\n"), play=True)

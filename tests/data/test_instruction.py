@@ -81,6 +81,8 @@ def test_the_likeliest_candidate_is_normalised_by_its_length(template_words):
     assert 0.1 > 0.36 * 0.6 * 0.4
     found = task().evaluate(Bigram(table), examples, batch_size=2)
     assert found.metric == pytest.approx(1 / 3)
+    unscored = task().evaluate(Bigram(table), examples, batch_size=2, scored=False)
+    assert (unscored.loss, unscored.metric) == (found.loss, None)
 
 
 def test_loss_is_over_response_tokens_whatever_the_batch(template_words):

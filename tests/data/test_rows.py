@@ -175,3 +175,12 @@ def test_each_file_of_a_folder_has_a_name_of_its_own(tmp_path, files, names):
         path = tmp_path / name
         path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     assert [row["file"] for row in read_rows(str(tmp_path))] == names
+
+
+def test_a_folder_s_files_may_have_suffixes_in_capitals(tmp_path):
+    (tmp_path / "a.txt").write_text("A")
+    (tmp_path / "b.TXT").write_text("B")
+    (tmp_path / "c.CSV").write_text("text\nC\n")
+    (tmp_path / "d.TXT.GZ").write_bytes(gzip.compress(b"D"))
+    rows = read_rows(str(tmp_path))
+    assert [(row["text"], row["file"]) for row in rows] == list(zip("ABCD", "abcd", strict=True))

@@ -20,7 +20,8 @@ class Noting:
     def __init__(self):
         self.seen, self.size, self.sketches = {}, None, set()
 
-    def evaluate(self, _model, examples, _batch_size):
+    def evaluate(self, _model, examples, _batch_size, *, scored):
+        assert not scored, "a score of a few examples costs passes, and nobody reads it"
         rows = examples.tensors["input_ids"].flatten().tolist()
         self.seen |= dict.fromkeys(rows, self.size)
         return Evaluation(float(self.size), None, len(rows))
